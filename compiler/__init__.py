@@ -1,0 +1,1 @@
+"""The graph, the analyses, the encodings, the driver. Imports nothing of ours."""

@@ -1,0 +1,114 @@
+"""paretoc: turns a trained PyTorch model into the cheapest model that still does its job, and proves it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+#: public name → the module that defines it; loaded on first use, so that `import paretoc` stays light
+_PUBLIC = {
+    "compile": "driver",
+    "CompiledModel": "driver",
+    "load": "artifact",
+    "capture": "capture",
+    "Program": "program",
+    "Pass": "passes",
+    "SitePass": "passes",
+    "PassResult": "passes",
+    "Context": "passes",
+    "Phase": "passes",
+    "Statistic": "statistics",
+    "Encoding": "encodings",
+    "Dense": "encodings",
+    "Affine": "encodings",
+    "NM": "encodings",
+    "parse_encoding": "encodings",
+    "TokenRule": "protocols",
+    "TokenState": "protocols",
+    "Reduced": "protocols",
+    "Fitter": "protocols",
+    "Backend": "backend",
+    "Executable": "backend",
+    "Row": "backend",
+    "Explanation": "backend",
+    "Report": "report",
+    "hook": "hookspecs",
+    "ParetocError": "errors",
+    "OptionError": "errors",
+    "CaptureError": "errors",
+    "CalibrationError": "errors",
+    "PassError": "errors",
+    "ScheduleError": "errors",
+    "VerificationError": "errors",
+    "LoweringError": "errors",
+    "ArtifactError": "errors",
+    "PluginError": "errors",
+    "ConformanceError": "errors",
+}
+#: pass classes, from the package of built-in passes
+_PASSES = ("Canonicalize", "MergeModels", "MergeTokens", "PruneNM", "PruneTokens", "Quantize", "ReduceTokens")
+
+if TYPE_CHECKING:
+    from paretoc.compiler.artifact import load as load
+    from paretoc.compiler.backend import Backend as Backend
+    from paretoc.compiler.backend import Executable as Executable
+    from paretoc.compiler.backend import Explanation as Explanation
+    from paretoc.compiler.backend import Row as Row
+    from paretoc.compiler.capture import capture as capture
+    from paretoc.compiler.driver import CompiledModel as CompiledModel
+    from paretoc.compiler.driver import compile as compile
+    from paretoc.compiler.encodings import NM as NM
+    from paretoc.compiler.encodings import Affine as Affine
+    from paretoc.compiler.encodings import Dense as Dense
+    from paretoc.compiler.encodings import Encoding as Encoding
+    from paretoc.compiler.encodings import parse_encoding as parse_encoding
+    from paretoc.compiler.errors import ArtifactError as ArtifactError
+    from paretoc.compiler.errors import CalibrationError as CalibrationError
+    from paretoc.compiler.errors import CaptureError as CaptureError
+    from paretoc.compiler.errors import ConformanceError as ConformanceError
+    from paretoc.compiler.errors import LoweringError as LoweringError
+    from paretoc.compiler.errors import OptionError as OptionError
+    from paretoc.compiler.errors import ParetocError as ParetocError
+    from paretoc.compiler.errors import PassError as PassError
+    from paretoc.compiler.errors import PluginError as PluginError
+    from paretoc.compiler.errors import ScheduleError as ScheduleError
+    from paretoc.compiler.errors import VerificationError as VerificationError
+    from paretoc.compiler.hookspecs import hook as hook
+    from paretoc.compiler.passes import Context as Context
+    from paretoc.compiler.passes import Pass as Pass
+    from paretoc.compiler.passes import PassResult as PassResult
+    from paretoc.compiler.passes import Phase as Phase
+    from paretoc.compiler.passes import SitePass as SitePass
+    from paretoc.compiler.program import Program as Program
+    from paretoc.compiler.protocols import Fitter as Fitter
+    from paretoc.compiler.protocols import Reduced as Reduced
+    from paretoc.compiler.protocols import TokenRule as TokenRule
+    from paretoc.compiler.protocols import TokenState as TokenState
+    from paretoc.compiler.report import Report as Report
+    from paretoc.compiler.statistics import Statistic as Statistic
+    from paretoc.passes import Canonicalize as Canonicalize
+    from paretoc.passes import MergeModels as MergeModels
+    from paretoc.passes import MergeTokens as MergeTokens
+    from paretoc.passes import PruneNM as PruneNM
+    from paretoc.passes import PruneTokens as PruneTokens
+    from paretoc.passes import Quantize as Quantize
+    from paretoc.passes import ReduceTokens as ReduceTokens
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(f"paretoc.compiler.{_PUBLIC[name]}"), name)
+    elif name in _PASSES:
+        value = getattr(importlib.import_module("paretoc.passes"), name)
+    elif name == "testing":
+        value = importlib.import_module("paretoc.compiler.testing")
+    else:
+        raise AttributeError(f"module 'paretoc' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC, *_PASSES, "testing"])

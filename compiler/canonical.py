@@ -1,0 +1,181 @@
+"""Canonical form: the same model with nothing in the graph that does nothing.
+
+Removes dropout, assertions, no-op casts, copies, slices and views, inlines single-use wrappers that `torch.export`
+leaves behind, folds batch norms into the convolution or linear before them and evaluates constant subgraphs.
+Exact, but for batch-norm folding, which is exact up to rounding.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .program import Program, shape_of
+from .sites import BATCH_NORM, CONV
+
+aten = torch.ops.aten
+
+#: operators whose result is their first argument when dtype and shape did not change
+_COPIES = (
+    aten.dropout.default,
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.slice.Tensor,
+    aten.view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten._unsafe_view.default,
+)
+#: a folded constant larger than this many elements would cost more in the file than the operator at run time
+_FOLD_LIMIT = 1 << 16
+
+
+def canonicalize(program: Program) -> dict[str, int]:
+    """Rewrite in place; returns how many nodes each rule removed."""
+    counts = {
+        "assertions": _remove_assertions(program.graph),
+        "copies": _remove_copies(program.graph),
+        "batch_norms": fold_batch_norms(program),
+        "constants": fold_constants(program),
+    }
+    program.refresh()
+    return {name: count for name, count in counts.items() if count}
+
+
+def _remove(graph: fx.Graph, matches: Callable[[fx.Node], Any]) -> int:
+    count = 0
+    for node in list(graph.nodes):
+        replacement = matches(node)
+        if replacement is None:
+            continue
+        if replacement is not node:
+            node.replace_all_uses_with(replacement)
+        graph.erase_node(node)
+        count += 1
+    return count
+
+
+def _remove_assertions(graph: fx.Graph) -> int:
+    def match(node: fx.Node) -> fx.Node | None:
+        name = str(node.target)
+        asserts = name.startswith(("aten._assert", "aten.sym_constrain_range", "aten._assert_scalar"))
+        return node if node.op == "call_function" and asserts and not node.users else None
+
+    return _remove(graph, match)
+
+
+def _remove_copies(graph: fx.Graph) -> int:
+    def match(node: fx.Node) -> fx.Node | None:
+        if node.op != "call_function" or node.target not in _COPIES:
+            return None
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source.meta["val"].dtype != node.meta["val"].dtype:
+            return None
+        same = [str(s) for s in shape_of(source)] == [str(s) for s in shape_of(node)]
+        return source if same else None
+
+    return _remove(graph, match)
+
+
+def fold_batch_norms(program: Program) -> int:
+    """conv/linear → batch norm becomes conv/linear: W' = γ/σ·W, b' = (b − μ)·γ/σ + β (inference statistics)."""
+    count = 0
+    for norm in program.calls(*BATCH_NORM):
+        producer = norm.args[0]
+        if not _foldable(program, norm, producer):
+            continue
+        assert isinstance(producer, fx.Node)
+        weight, bias = producer.args[1], producer.args[2] if len(producer.args) > 2 else None
+        gamma, beta, mean, variance = (_value(program, a) for a in norm.args[1:5])
+        assert isinstance(mean, Tensor) and isinstance(variance, Tensor) and isinstance(weight, fx.Node)
+        eps = norm.args[7] if norm.target is aten.batch_norm.default else norm.args[6]
+        factor = torch.rsqrt(variance.double() + float(eps))  # type: ignore[arg-type]
+        factor = factor * gamma.double() if isinstance(gamma, Tensor) else factor
+        old = program.weight_value(weight)
+        shift = (_value(program, bias).double() if isinstance(bias, fx.Node) else 0.0) - mean.double()  # type: ignore[union-attr]
+        shift = shift * factor + (beta.double() if isinstance(beta, Tensor) else 0.0)
+        name = str(weight.target)
+        program.set(name, (old.double() * factor.reshape(-1, *[1] * (old.ndim - 1))).to(old.dtype))
+        bias_name = str(bias.target) if isinstance(bias, fx.Node) else f"{name.removesuffix('weight')}bias"
+        new_bias = program.attribute(bias_name, shift.to(old.dtype), before=producer)
+        arguments = list(producer.args) + [None] * (3 - len(producer.args))
+        producer.args = (*arguments[:2], new_bias, *arguments[3:])
+        for user in list(norm.users):
+            if user.target is operator.getitem:
+                user.replace_all_uses_with(producer)
+                program.graph.erase_node(user)
+        if norm.users:
+            norm.replace_all_uses_with(producer)
+        program.graph.erase_node(norm)
+        count += 1
+    return count
+
+
+def _foldable(program: Program, norm: fx.Node, producer: Any) -> bool:
+    if not isinstance(producer, fx.Node) or len(producer.users) != 1:
+        return False
+    if producer.target not in (*CONV, aten.linear.default):
+        return False
+    if producer.target is aten.linear.default and producer.meta["val"].ndim != 2:
+        return False
+    if norm.target is aten.batch_norm.default and norm.args[5]:
+        return False
+    if any(u.target is operator.getitem and u.args[1] != 0 and u.users for u in norm.users):
+        return False
+    operands = [a for a in producer.args[1:3] if isinstance(a, fx.Node)]
+    return all(a.op == "get_attr" and len(a.users) == 1 for a in operands)
+
+
+def _value(program: Program, node: Any) -> Tensor | None:
+    return program.get(str(node.target)).detach() if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
+def fold_constants(program: Program) -> int:
+    """Evaluate small subgraphs that depend on stored tensors and literals only (position ids, masks, anchors)."""
+    weights = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
+    constant: dict[fx.Node, Tensor] = {}
+    count = 0
+    for node in list(program.graph.nodes):
+        value = _evaluate(program, node, constant)
+        if value is None:
+            continue
+        constant[node] = value
+        if node.op == "get_attr" or all(u in constant for u in node.users):
+            continue
+        count += 1
+    for node in [n for n in constant if n.op == "call_function"]:
+        if any(_evaluate(program, u, constant) is None for u in node.users):
+            name = f"constants.{node.name}"
+            assert name not in weights
+            replacement = program.attribute(name, constant[node], before=node)
+            node.replace_all_uses_with(replacement)
+    return count
+
+
+def _evaluate(program: Program, node: fx.Node, known: dict[fx.Node, Tensor]) -> Tensor | None:
+    if node in known:
+        return known[node]
+    if node.op == "get_attr":
+        value = program.get(str(node.target))
+        return value.detach() if value.numel() <= _FOLD_LIMIT and not isinstance(value, torch.nn.Parameter) else None
+    meta = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(meta, Tensor) or str(node.target).startswith("paretoc."):
+        return None
+    if "rand" in str(node.target) or any(not isinstance(s, int) for s in meta.shape):
+        return None
+    if meta.numel() > _FOLD_LIMIT or any(n not in known for n in node.all_input_nodes):
+        return None
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])  # type: ignore[misc]
+    result = node.target(*args, **kwargs)  # type: ignore[operator]
+    return result.clone() if isinstance(result, Tensor) else None

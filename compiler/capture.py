@@ -1,0 +1,258 @@
+"""A user's model → a `Program`: `torch.export` with the batch (and, where the model allows, the sequence) left open."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from . import dialect  # noqa: F401  # registers the paretoc:: operators that a captured graph may hold
+from .errors import CaptureError
+from .program import Arguments, Interface, Program, describe, forward_parameters, hint
+
+Model = nn.Module | ExportedProgram | fx.GraphModule
+_DROPOUTS = (nn.modules.dropout._DropoutNd,)
+
+
+def capture(model: Model, example_inputs: Any = None, dynamic_shapes: Any = None) -> Program:
+    """Capture a model for the given example call.
+
+    `example_inputs`: a tensor, a tuple (positional), a dict (keywords) or `(args, kwargs)`; None only for an
+    ExportedProgram that carries its own. `dynamic_shapes` in the form of `torch.export.export` overrides the default,
+    which leaves open the first axis of every input that shares the batch size, and the second axis of integer and of
+    three-dimensional inputs. Raises CaptureError with the line of the model that stopped it.
+    """
+    if isinstance(model, ExportedProgram):
+        arguments = model.example_inputs if example_inputs is None else as_call(example_inputs)
+        if arguments is None:
+            raise CaptureError(
+                "the ExportedProgram carries no example inputs",
+                where="capture",
+                fix="pass example_inputs=(…)",
+            )
+        parameters = _exported_parameters(model)
+        return _program(model, (tuple(arguments[0]), dict(arguments[1])), parameters, [])
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"cannot capture a {type(model).__name__}",
+            where="capture",
+            fix="pass an nn.Module, a torch.export.ExportedProgram or a torch.fx.GraphModule",
+        )
+    _check_model(model)
+    args, kwargs = as_call(example_inputs)
+    notes: list[str] = []
+    _disable_cache(model, kwargs, notes)
+    if dynamic_shapes is None:
+        args, kwargs = _widen_batch(args, kwargs)
+    exported = _export(model, args, kwargs, dynamic_shapes, notes)
+    return _program(exported, (args, kwargs), forward_parameters(model), notes)
+
+
+def as_call(example: Any) -> Arguments:
+    """Example inputs in any accepted form → (args, kwargs)."""
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, Sequence) and not isinstance(example, str):
+        if len(example) == 2 and isinstance(example[0], tuple) and isinstance(example[1], dict):
+            return example[0], dict(example[1])
+        return tuple(example), {}
+    raise CaptureError(
+        f"example inputs of type {type(example).__name__} are not understood",
+        where="example_inputs=",
+        fix="pass a tensor, a tuple of positional inputs, or a dict of keyword inputs",
+    )
+
+
+def _check_model(model: nn.Module) -> None:
+    active = [n for n, m in model.named_modules() if isinstance(m, _DROPOUTS) and m.training and m.p > 0]
+    if active:
+        raise CaptureError(
+            f"the model is in training mode and {len(active)} dropout layers are active, the first is {active[0]!r}",
+            where=type(model).__name__,
+            fix="call model.eval() first",
+        )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise CaptureError(
+                f"{count} of the {tensor.numel()} values of {name!r} are NaN or infinite",
+                where=type(model).__name__,
+                fix="load the right weights; a model with broken weights cannot be compressed faithfully",
+            )
+
+
+def _disable_cache(model: nn.Module, kwargs: dict[str, Any], notes: list[str]) -> None:
+    """A decoder that would return its key-value cache is captured without it, and the report says so."""
+    config = getattr(model, "config", None)
+    if getattr(config, "use_cache", False) and "use_cache" not in kwargs and "use_cache" in _all_parameters(model):
+        kwargs["use_cache"] = False
+        notes.append("captured with use_cache=False: the key-value cache is not part of the outputs")
+
+
+def _all_parameters(model: nn.Module) -> tuple[str, ...]:
+    return forward_parameters(model)
+
+
+def _batch_size(leaves: Sequence[Any]) -> int | None:
+    return next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
+
+
+def _widen_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """A batch of one would be taken for a constant: repeat it."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    if _batch_size(leaves) != 1:
+        return args, kwargs
+    wide = [
+        leaf.repeat(2, *[1] * (leaf.ndim - 1)) if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 1 else leaf
+        for leaf in leaves
+    ]
+    return pytree.tree_unflatten(wide, spec)  # type: ignore[no-any-return]
+
+
+def _open_axes(leaf: Any, batch: int | None, *, sequence: bool) -> dict[int, Any] | None:
+    if not isinstance(leaf, Tensor):
+        return None
+    axes: dict[int, Any] = {}
+    if batch is not None and leaf.ndim and leaf.shape[0] == batch:
+        axes[0] = Dim.AUTO
+    whole = not leaf.is_floating_point() and leaf.ndim >= 2
+    if sequence and (whole or leaf.ndim == 3) and leaf.shape[1] > 1:
+        axes[1] = Dim.AUTO
+    return axes
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, notes: list[str]
+) -> ExportedProgram:
+    attempts: list[tuple[str, Any]] = []
+    if dynamic_shapes is not None:
+        attempts.append(("as asked", dynamic_shapes))
+    else:
+        parameters = forward_parameters(model)
+        call = dict(zip(parameters, args, strict=False)) | kwargs
+        batch = _batch_size(pytree.tree_leaves((args, kwargs)))
+        for label, sequence in (("batch and sequence", True), ("batch only", False)):
+            attempts.append((label, pytree.tree_map(lambda x, s=sequence: _open_axes(x, batch, sequence=s), call)))
+        attempts.append(("nothing", None))
+    first: Exception | None = None
+    for label, shapes in attempts:
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")  # torch's own chatter about its internals
+                exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes).run_decompositions({})
+        except Exception as error:
+            first = first or error
+            continue
+        if first is not None:
+            notes.append(f"left open: {label}, because of {_reason(first)}")
+        return exported
+    assert first is not None
+    raise CaptureError(
+        f"torch.export could not capture {type(model).__name__}: {_reason(first)}",
+        where=_user_line(first) or type(model).__name__,
+        fix="rewrite that line without data-dependent control flow or Python side effects, or pass a torch.export "
+        "ExportedProgram of your own",
+    ) from first
+
+
+def _reason(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _user_line(error: BaseException | None) -> str:
+    """The innermost frame of the traceback that lies in neither torch nor paretoc."""
+    found = ""
+    while error is not None and not found:
+        for frame in traceback.extract_tb(error.__traceback__):
+            path = frame.filename.replace("\\", "/")
+            if "/torch/" not in path and not path.startswith("<") and path != __file__ and "/compiler/" not in path:
+                found = f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _exported_parameters(exported: ExportedProgram) -> tuple[str, ...]:
+    args_spec, kwargs_spec = exported.call_spec.in_spec.children()
+    named = forward_parameters(exported.module(check_guards=False))
+    positional = [named[i] if i < len(named) else f"input_{i}" for i in range(args_spec.num_children)]
+    return (*positional, *(k for k in kwargs_spec.context if k not in positional))
+
+
+def _program(exported: ExportedProgram, call: Arguments, parameters: tuple[str, ...], notes: list[str]) -> Program:
+    module = exported.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    graph = module.graph
+    graph.set_codegen(fx.CodeGen())
+    leaves, in_spec = pytree.tree_flatten(call)
+    kinds: list[tuple[str, Any]] = []
+    example: list[Tensor] = []
+    for node, leaf in zip([n for n in graph.nodes if n.op == "placeholder"], leaves, strict=True):
+        if isinstance(leaf, Tensor):
+            kinds.append(("tensor", node.name))
+            example.append(leaf)
+            continue
+        kinds.append(("constant", leaf))
+        if node.users:
+            node.replace_all_uses_with(leaf)  # type: ignore[arg-type]  # a specialised Python constant
+        graph.erase_node(node)
+    results = _flatten_outputs(graph)
+    interface = Interface(parameters, in_spec, tuple(kinds), exported.call_spec.out_spec, results)
+    program = Program(fx.GraphModule(module, _merge_constants(graph)), interface, example, [], notes, tuple(exported.state_dict))
+    program.dynamic = [_open_dimensions(n) for n in program.placeholders]
+    _note_frozen_batch(program)
+    program.refresh()
+    return program
+
+
+def _flatten_outputs(graph: fx.Graph) -> tuple[tuple[str, Any], ...]:
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    tensors: list[fx.Node] = []
+    results: list[tuple[str, Any]] = []
+    for value in pytree.tree_leaves(output.args[0]):
+        if not isinstance(value, fx.Node):
+            results.append(("constant", value))
+            continue
+        if not isinstance(value.meta.get("val"), Tensor):
+            raise CaptureError(
+                f"output {len(results)} of the model is a number computed from the input shapes, not a tensor",
+                where=describe(value),
+                fix="return tensors only",
+            )
+        results.append(("tensor", len(tensors)))
+        tensors.append(value)
+    output.args = (tuple(tensors),)
+    return tuple(results)
+
+
+def _merge_constants(graph: fx.Graph) -> fx.Graph:
+    """One get_attr node per stored tensor."""
+    first: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            kept = first.setdefault(str(node.target), node)
+            if kept is not node:
+                node.replace_all_uses_with(kept)
+                graph.erase_node(node)
+    return graph
+
+
+def _open_dimensions(node: fx.Node) -> dict[int, str]:
+    shape = node.meta["val"].shape
+    return {axis: f"{node.name}_{axis}" for axis, size in enumerate(shape) if not isinstance(size, int)}
+
+
+def _note_frozen_batch(program: Program) -> None:
+    sizes = [n.meta["val"].shape for n in program.placeholders]
+    batch = next((hint(s[0]) for s in sizes if s), None)
+    for node, opened in zip(program.placeholders, program.dynamic, strict=True):
+        shape = node.meta["val"].shape
+        if shape and hint(shape[0]) == batch and 0 not in opened:
+            program.notes.append(f"the batch axis of {node.name!r} is fixed at {batch}: the model depends on it")

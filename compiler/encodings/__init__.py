@@ -1,0 +1,25 @@
+"""Weight encodings: how a tensor is stored. Each is a frozen dataclass; they nest; `str()` is their text form."""
+
+from ..hookspecs import hook
+from .affine import Affine
+from .base import Arrays, Encoding, Fit, parse_encoding, register_encoding, registered_encodings
+from .dense import Dense
+from .nm import NM
+
+__all__ = [
+    "NM",
+    "Affine",
+    "Arrays",
+    "Dense",
+    "Encoding",
+    "Fit",
+    "parse_encoding",
+    "register_encoding",
+    "registered_encodings",
+]
+
+
+@hook
+def paretoc_encodings() -> list[type[Encoding]]:
+    """The built-in encodings, registered through the same hook as everyone else's."""
+    return [Dense, Affine, NM]

@@ -1,0 +1,210 @@
+"""What was gained and what it cost: a table for the terminal, a dictionary, and a self-contained HTML page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from . import cost as costs
+from .backend import Explanation
+from .registry import registry
+from .verify import Fidelity
+
+if TYPE_CHECKING:
+    from .driver import Compilation
+
+
+@dataclass(frozen=True)
+class Report:
+    """Original and compiled, side by side, and one entry per pass.
+
+    Sizes are bytes of the stored tensors; latencies are milliseconds at the example inputs, the three contenders
+    ("compiled", "original" on the same backend, "pytorch" eager) interleaved in one run.
+    """
+
+    target: str
+    original: costs.Cost
+    compiled: costs.Cost
+    fidelity: Fidelity | None
+    passes: list[dict[str, Any]]
+    latency: dict[str, costs.Latency] = field(default_factory=dict)
+    metric: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+
+        def side(cost: costs.Cost, latency: costs.Latency | None) -> dict[str, Any]:
+            return {
+                "size_bytes": cost.bytes,
+                "macs": cost.macs,
+                "parameters": cost.parameters,
+                "tokens": list(cost.tokens),
+                "latency_ms": asdict(latency) if latency else None,
+            }
+
+        return {
+            "target": self.target,
+            "original": side(self.original, self.latency.get("original")),
+            "compiled": side(self.compiled, self.latency.get("compiled"))
+            | {"fidelity": asdict(self.fidelity) if self.fidelity else None},
+            "pytorch_latency_ms": asdict(self.latency["pytorch"]) if "pytorch" in self.latency else None,
+            "metric": self.metric,
+            "passes": self.passes,
+            "notes": self.notes,
+        }
+
+    def __str__(self) -> str:
+        return render(self._print)
+
+    def _print(self, console: Console) -> None:
+        console.print(self._summary())
+        console.print(self._pass_table())
+        for note in self.notes:
+            console.print(f"note: {escape(note)}")
+
+    def _summary(self) -> Table:
+        table = Table(title=f"compiled for {self.target}", title_justify="left")
+        for column in ("", "original", "compiled", "ratio"):
+            table.add_column(column, justify="left" if not column else "right")
+        for label, attribute, unit in (("size", "bytes", "B"), ("MACs", "macs", ""), ("parameters", "parameters", "")):
+            was, now = getattr(self.original, attribute), getattr(self.compiled, attribute)
+            table.add_row(label, quantity(was, unit), quantity(now, unit), f"{now / was:.3f}" if was else "")
+        if self.original.tokens:
+            table.add_row("tokens, last attention", str(self.original.tokens[-1]), str(self.compiled.tokens[-1]), "")
+        if self.latency:
+            was, now = self.latency["original"].median, self.latency["compiled"].median
+            table.add_row("latency, same backend", f"{was:.2f} ms", f"{now:.2f} ms", f"{now / was:.3f}")
+            eager = self.latency["pytorch"].median
+            table.add_row("latency, PyTorch eager", f"{eager:.2f} ms", "", f"{now / eager:.3f}")
+        for label, value in self.metric.items():
+            table.add_row(f"metric, {label}", "", f"{value:.4f}", "")
+        if self.fidelity:
+            for name, error in self.fidelity.relative_error.items():
+                noise = self.fidelity.standard_error[name]
+                table.add_row(f"relative error, {name}", "", f"{error:.2e} ± {noise:.0e}", "")
+            table.caption = f"fidelity on {self.fidelity.samples} samples of {self.fidelity.data}"
+        return table
+
+    def _pass_table(self) -> Table:
+        table = Table(title="passes", title_justify="left")
+        for column in ("pass", "sites", "size", "MACs", "relative error"):
+            table.add_column(column, justify="left" if column == "pass" else "right")
+        for entry in self.passes:
+            error = entry["relative_error"]
+            table.add_row(
+                escape(entry["text"]),
+                str(len(entry["matched"])),
+                quantity(entry["size_bytes"], "B"),
+                quantity(entry["macs"], ""),
+                "" if error is None else f"{error:.2e}",
+            )
+        return table
+
+    def to_html(self, path: str | Path) -> None:
+        """Write a self-contained page with plots."""
+        from .html import write_report
+
+        write_report(self, Path(path))
+
+
+def build_report(done: Compilation, *, latency: bool) -> Report:
+    """Gather the figures of a finished compilation; measures latency when asked to."""
+    metric = {}
+    if done.options.metric is not None:
+        backend_original = _original_executable(done)
+        metric = {
+            "original": float(done.options.metric(_caller(done.original, backend_original.run))),
+            "compiled": float(done.options.metric(_caller(done.program, done.executable.run))),
+        }
+    return Report(
+        target=done.options.target,
+        original=costs.cost(done.original),
+        compiled=costs.cost(done.program),
+        fidelity=done.fidelity,
+        passes=[_entry(record) for record in done.records],
+        latency=_latency(done) if latency else {},
+        metric=metric,
+        notes=done.program.notes,
+    )
+
+
+def _original_executable(done: Compilation) -> Any:
+    return registry().backend(done.options.target).lower(done.original, {"seed": done.options.seed})
+
+
+def _caller(program: Any, run: Callable[[Any], Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: program.interface.unflatten(run(program.interface.flatten(args, kwargs)))
+
+
+def _latency(done: Compilation) -> dict[str, costs.Latency]:
+    inputs = done.original.example
+    original = _original_executable(done)
+
+    def eager() -> None:
+        with torch.inference_mode():
+            done.original.module(*inputs)
+
+    return costs.measure(
+        {
+            "compiled": lambda: done.executable.run(inputs),
+            "original": lambda: original.run(inputs),
+            "pytorch": eager,
+        }
+    )
+
+
+def _entry(record: Any) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "text": record.text,
+        "matched": record.result.matched,
+        "skipped": record.result.skipped,
+        "metrics": record.result.metrics,
+        "warnings": record.result.warnings,
+        "size_bytes": record.cost.bytes,
+        "macs": record.cost.macs,
+        "parameters": record.cost.parameters,
+        "tokens": list(record.cost.tokens),
+        "relative_error": record.fidelity.worst if record.fidelity else None,
+    }
+
+
+def explanation_text(explanation: Explanation) -> str:
+    """`explain()` as a table, sites with the same treatment in a row of their own."""
+
+    def show(console: Console) -> None:
+        table = Table(title=f"what runs on {explanation.target}", title_justify="left")
+        for column in ("site", "encoding", "kernel", "fast", "ms", "note"):
+            table.add_column(column, overflow="fold")
+        for row in explanation.rows:
+            milliseconds = "" if row.milliseconds is None else f"{row.milliseconds:.3f}"
+            fast = "yes" if row.accelerated else "no"
+            table.add_row(*map(escape, (row.site, row.encoding, row.kernel, fast, milliseconds, row.note)))
+        console.print(table)
+
+    return render(show)
+
+
+def render(show: Callable[[Console], None]) -> str:
+    """Rich output as plain text of the terminal's width (120 when piped)."""
+    width = max(Console().width, 100) if Console().is_terminal else 120
+    buffer = io.StringIO()
+    show(Console(file=buffer, width=width, no_color=True))
+    return buffer.getvalue().rstrip()
+
+
+def quantity(value: float, unit: str) -> str:
+    """12345678 → "12.3 M" (decimal prefixes)."""
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.2f} {prefix}{unit}"
+    return f"{value:g} {unit}".strip()

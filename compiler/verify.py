@@ -1,0 +1,156 @@
+"""What must hold after every pass: interface, shapes, finite numbers, kept sparsity; and how far the outputs moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calibrate import FlatBatch, Observer
+from .encodings import NM
+from .errors import VerificationError
+from .program import Program, describe, example_shape
+from .sites import weight_sites
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Distance to the original: relative L2 error and cosine per output, as mean ± standard error over samples."""
+
+    data: str
+    samples: int
+    relative_error: dict[str, float]
+    standard_error: dict[str, float]
+    cosine: dict[str, float]
+    sites: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> float:
+        """The largest mean relative error of any output."""
+        return max(self.relative_error.values(), default=0.0)
+
+
+def check(before: Program, after: Program, pass_name: str) -> None:
+    """Raise VerificationError when a pass changed the interface or undid what an earlier pass established."""
+    where = f"pass {pass_name!r}"
+    _check_interface(before, after, where)
+    _check_sparsity(before, after, where)
+    for node in after.graph.nodes:
+        if node.op == "get_attr":
+            value = after.get(str(node.target))
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise VerificationError(
+                    f"the stored tensor {node.target!r} holds NaN or infinite values",
+                    where=where,
+                    fix="report this to the author of the pass; meanwhile leave the site out with ignore=",
+                )
+
+
+def _check_interface(before: Program, after: Program, where: str) -> None:
+    if before.interface is not after.interface and before.interface != after.interface:
+        raise VerificationError("the call signature changed", where=where, fix="a pass must keep the interface")
+    if len(before.outputs) != len(after.outputs):
+        raise VerificationError(
+            f"the model had {len(before.outputs)} outputs and now has {len(after.outputs)}",
+            where=where,
+            fix="a pass must keep the interface",
+        )
+    for index, (old, new) in enumerate(zip(before.outputs, after.outputs, strict=True)):
+        was, now = example_shape(old), example_shape(new)
+        if was != now or old.meta["val"].dtype != new.meta["val"].dtype:
+            raise VerificationError(
+                f"output {index} was {list(was)} {old.meta['val'].dtype} and is {list(now)} {new.meta['val'].dtype}",
+                where=f"{where}, {describe(new)}",
+                fix="a pass must keep the interface",
+            )
+
+
+def _check_sparsity(before: Program, after: Program, where: str) -> None:
+    now = encodings_by_weight(after)
+    for name, encoding in encodings_by_weight(before).items():
+        if not isinstance(encoding, NM) or name not in now:
+            continue
+        kept = now[name]
+        if not isinstance(kept, NM) or (kept.n, kept.m) != (encoding.n, encoding.m):
+            raise VerificationError(
+                f"{name!r} was {encoding.n}:{encoding.m} sparse and now is {kept}",
+                where=where,
+                fix="run this pass before prune_nm, or leave the site out",
+            )
+
+
+def encodings_by_weight(program: Program) -> dict[str, Any]:
+    """Parameter name → its encoding (None: stored as it is)."""
+    found = {}
+    for site in weight_sites(program):
+        name = program.weight_name(site.weight)
+        if name is not None:
+            found[name] = program.encoding(site.weight)
+    return found
+
+
+def measure(original: Program, compiled: Program, batches: Sequence[FlatBatch], data: str) -> Fidelity:
+    """Run both programs on the same batches and compare outputs and, where shapes still agree, site outputs."""
+    names = original.interface.output_names()
+    errors: dict[str, list[Tensor]] = {n: [] for n in names}
+    cosines: dict[str, list[Tensor]] = {n: [] for n in names}
+    sites = {s.node.name: s.path for s in weight_sites(original)}
+    squares: dict[str, list[float]] = {}
+    samples = 0
+    for batch in batches:
+        want, want_sites = _observed(original, batch, sites)
+        got, got_sites = _observed(compiled, batch, sites)
+        samples += batch[0].shape[0] if batch and batch[0].ndim else 1
+        for name, a, b in zip(names, want, got, strict=True):
+            if a.is_floating_point():
+                error, cosine = _distance(a, b)
+                errors[name].append(error)
+                cosines[name].append(cosine)
+        for name, a in want_sites.items():
+            b = got_sites.get(name)
+            if b is not None and a.shape == b.shape and a.is_floating_point():
+                total = squares.setdefault(sites[name], [0.0, 0.0])
+                total[0] += float((a.double() - b.double()).square().sum())
+                total[1] += float(a.double().square().sum())
+    return Fidelity(
+        data=data,
+        samples=samples,
+        relative_error={n: float(torch.cat(v).mean()) for n, v in errors.items() if v},
+        standard_error={n: _standard_error(torch.cat(v)) for n, v in errors.items() if v},
+        cosine={n: float(torch.cat(v).mean()) for n, v in cosines.items() if v},
+        sites={p: (e / s) ** 0.5 if s else 0.0 for p, (e, s) in squares.items()},
+    )
+
+
+def _observed(program: Program, batch: FlatBatch, sites: dict[str, str]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    seen: dict[str, Tensor] = {}
+
+    def observe(name: str, value: Any) -> None:
+        if name in sites and isinstance(value, Tensor):
+            seen[name] = value
+
+    with torch.no_grad():
+        outputs = Observer(program.module, observe).run(*batch)
+    for name, output in zip(program.interface.output_names(), outputs, strict=True):
+        if output.is_floating_point() and torch.isnan(output).any():
+            raise VerificationError(
+                f"output {name!r} is NaN", where="running the rewritten program", fix="leave out the last pass"
+            )
+    return list(outputs), seen
+
+
+def _distance(want: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
+    """Relative L2 error and cosine of every sample (rows of the first axis), float64 `[B]`."""
+    a = want.double().reshape(want.shape[0] if want.ndim else 1, -1)
+    b = got.double().reshape(a.shape)
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    a, b = torch.where(finite, a, 0.0), torch.where(finite, b, 0.0)
+    norm = a.norm(dim=-1).clamp(min=1e-30)
+    return (a - b).norm(dim=-1) / norm, torch.nn.functional.cosine_similarity(a, b, dim=-1)
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.std() / values.numel() ** 0.5) if values.numel() > 1 else 0.0

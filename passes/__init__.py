@@ -1,0 +1,31 @@
+"""The transformations, one a file, registered through the plugin hooks like everyone else's."""
+
+from __future__ import annotations
+
+from ..compiler.hookspecs import hook
+from ..compiler.passes import Pass
+from ..compiler.protocols import Fitter, TokenRule
+from .canonicalize import Canonicalize
+from .fit import Mse, Rtn
+from .merge_models import MergeModels
+from .prune_nm import PruneNM
+from .quantize import Quantize
+from .reduce_tokens import MergeTokens, PruneTokens, ReduceTokens
+from .token_rules import Keep, Merge
+
+__all__ = ["Canonicalize", "MergeModels", "MergeTokens", "PruneNM", "PruneTokens", "Quantize", "ReduceTokens"]
+
+
+@hook
+def paretoc_passes() -> list[type[Pass]]:
+    return [Canonicalize, MergeModels, PruneNM, Quantize, ReduceTokens, MergeTokens, PruneTokens]
+
+
+@hook
+def paretoc_fitters() -> list[Fitter]:
+    return [Rtn(), Mse()]
+
+
+@hook
+def paretoc_token_rules() -> list[TokenRule]:
+    return [Merge(), Keep()]
