@@ -108,6 +108,7 @@ class Observer(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, observe: Callable[[str, Any], None]) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # our errors are three lines
         self.observe = observe
 
     def run_node(self, n: fx.Node) -> Any:

@@ -1,7 +1,8 @@
 """Canonical form: the same model with nothing in the graph that does nothing.
 
-Removes dropout, assertions, no-op casts, copies, slices and views, inlines single-use wrappers that `torch.export`
-leaves behind, folds batch norms into the convolution or linear before them and evaluates constant subgraphs.
+Removes dropout, assertions, no-op casts, copies, slices and views, and attention masks that hide nothing, folds batch
+norms into the convolution or linear before them and evaluates constant subgraphs. Views become reshapes, because a
+view may rely on a copy that is removed here.
 Exact, but for batch-norm folding, which is exact up to rounding.
 """
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from .program import Program, shape_of
-from .sites import BATCH_NORM, CONV
+from .sites import ADD, BATCH_NORM, CONV, SDPA
 
 aten = torch.ops.aten
 
@@ -37,17 +38,21 @@ _COPIES = (
     aten.expand.default,
     aten._unsafe_view.default,
 )
+#: operators whose result holds only elements of their first argument
+_SELECTIONS = (aten.expand.default, aten.clone.default, aten.alias.default, aten.slice.Tensor, aten.unsqueeze.default)
 #: a folded constant larger than this many elements would cost more in the file than the operator at run time
 _FOLD_LIMIT = 1 << 16
 
 
 def canonicalize(program: Program) -> dict[str, int]:
     """Rewrite in place; returns how many nodes each rule removed."""
+    _views_to_reshapes(program.graph)
     counts = {
         "assertions": _remove_assertions(program.graph),
         "copies": _remove_copies(program.graph),
         "batch_norms": fold_batch_norms(program),
         "constants": fold_constants(program),
+        "masks": _remove_open_masks(program),
     }
     program.refresh()
     return {name: count for name, count in counts.items() if count}
@@ -86,6 +91,47 @@ def _remove_copies(graph: fx.Graph) -> int:
         return source if same else None
 
     return _remove(graph, match)
+
+
+def _views_to_reshapes(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+
+
+def _remove_open_masks(program: Program) -> int:
+    """Drop boolean masks that are true everywhere and additive ones that are zero everywhere."""
+
+    def match(node: fx.Node) -> fx.Node | None:
+        if node.target not in ADD or _uniform(program, node.args[1]) != 0:
+            return None
+        source = node.args[0]
+        same = isinstance(source, fx.Node) and [*map(str, shape_of(source))] == [*map(str, shape_of(node))]
+        return source if same and source.meta["val"].dtype == node.meta["val"].dtype else None  # type: ignore[union-attr]
+
+    count = _remove(program.graph, match)
+    for node in program.calls(*SDPA):
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        if isinstance(mask, fx.Node) and _uniform(program, mask) == (mask.meta["val"].dtype == torch.bool):
+            node.args = (*node.args[:3], None, *node.args[4:])
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}
+            count += 1
+    return count
+
+
+def _uniform(program: Program, value: Any) -> Any:
+    """The number that every element of a constant operand equals, or None."""
+    if not isinstance(value, fx.Node):
+        return value if isinstance(value, (bool, int, float)) else None
+    if value.target in _SELECTIONS:
+        return _uniform(program, value.args[0])
+    if str(value.target).startswith("aten.where.") and (condition := _uniform(program, value.args[0])) is not None:
+        return _uniform(program, value.args[1 if condition else 2])
+    tensor = _value(program, value)
+    if tensor is None or isinstance(program.get(str(value.target)), torch.nn.Parameter) or tensor.numel() == 0:
+        return None
+    first = tensor.reshape(-1)[0]
+    return first.item() if bool((tensor == first).all()) else None
 
 
 def fold_batch_norms(program: Program) -> int:

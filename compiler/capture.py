@@ -47,9 +47,11 @@ def capture(model: Model, example_inputs: Any = None, dynamic_shapes: Any = None
     _check_model(model)
     args, kwargs = as_call(example_inputs)
     notes: list[str] = []
-    _disable_cache(model, kwargs, notes)
+    _disable_cache(model, args, kwargs, notes)
     if dynamic_shapes is None:
         args, kwargs = _widen_batch(args, kwargs)
+    elif isinstance(dynamic_shapes, Mapping):
+        dynamic_shapes = dict.fromkeys(kwargs.keys() & {"use_cache"}) | dict(dynamic_shapes)
     exported = _export(model, args, kwargs, dynamic_shapes, notes)
     return _program(exported, (args, kwargs), forward_parameters(model), notes)
 
@@ -89,16 +91,16 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _disable_cache(model: nn.Module, kwargs: dict[str, Any], notes: list[str]) -> None:
-    """A decoder that would return its key-value cache is captured without it, and the report says so."""
+def _disable_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes: list[str]) -> None:
+    """A decoder that would return a key-value cache object is captured without it, and the report says so."""
     config = getattr(model, "config", None)
-    if getattr(config, "use_cache", False) and "use_cache" not in kwargs and "use_cache" in _all_parameters(model):
+    if not getattr(config, "use_cache", False) or "use_cache" in kwargs:
+        return
+    with torch.no_grad():
+        leaves = pytree.tree_leaves(model(*args, **kwargs))
+    if not all(leaf is None or isinstance(leaf, (Tensor, int, float)) for leaf in leaves):
         kwargs["use_cache"] = False
         notes.append("captured with use_cache=False: the key-value cache is not part of the outputs")
-
-
-def _all_parameters(model: nn.Module) -> tuple[str, ...]:
-    return forward_parameters(model)
 
 
 def _batch_size(leaves: Sequence[Any]) -> int | None:

@@ -315,6 +315,7 @@ class _ShapePropagation(fx.Interpreter):
 
     def run(self, *args: Any) -> Any:  # type: ignore[override]  # the base adds options that are not used here
         self.mode = args[0].fake_mode
+        self.extra_traceback = False  # our errors are three lines
         with self.mode, torch.no_grad():
             return super().run(*args)
 

@@ -159,20 +159,42 @@ def _open_attention(softmax: fx.Node) -> AttentionSite | None:
             scale *= float(logits.args[1])
         elif logits.target in (aten.div.Tensor, aten.div.Scalar) and isinstance(logits.args[1], (int, float)):
             scale /= float(logits.args[1])
-        elif logits.target not in (aten.view.default, aten.to.dtype, aten._to_copy.default):
+        elif logits.target not in (aten.view.default, aten.reshape.default, aten.to.dtype, aten._to_copy.default):
             return None
         logits = logits.args[0]
     out = softmax
-    while len(out.users) == 1 and out.target not in MATMUL:
-        out = next(iter(out.users))
-        if out.target not in (*MATMUL, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.view.default):
+    while len(users := _real_users(out)) == 1 and out.target not in MATMUL:
+        out = users[0]
+        copies = (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.view.default, aten.reshape.default)
+        if out.target not in (*MATMUL, *copies):
             return None
     if not isinstance(logits, fx.Node) or out.target not in MATMUL:
         return None
     query, transposed = logits.args[:2]
     value = out.args[1]
-    key = transposed.args[0] if isinstance(transposed, fx.Node) and transposed.target is aten.transpose.int else transposed
+    key = _untransposed(transposed)
+    if key is None:
+        return None
     return AttentionSite(out, query, key, value, mask, scale, False, softmax, module_path(softmax))  # type: ignore[arg-type]
+
+
+def _real_users(node: fx.Node) -> list[fx.Node]:
+    """The users that compute something: not the assertions that a fresh capture holds."""
+    return [u for u in node.users if not str(u.target).startswith("aten._assert")]
+
+
+def _untransposed(node: Any) -> fx.Node | None:
+    """What a transposition of the last two axes was applied to."""
+    if not isinstance(node, fx.Node) or node.target not in (aten.transpose.int, aten.permute.default):
+        return None
+    rank = len(shape_of(node))
+    axes = list(range(rank))
+    axes[-2:] = axes[:-3:-1]
+    if node.target is aten.transpose.int:
+        swapped = {int(a) % rank for a in node.args[1:3]} == {rank - 1, rank - 2}  # type: ignore[arg-type]
+    else:
+        swapped = [int(a) % rank for a in node.args[1]] == axes  # type: ignore[union-attr,arg-type]
+    return node.args[0] if swapped else None  # type: ignore[return-value]
 
 
 def feed_forward_sites(program: Program) -> list[FeedForwardSite]:
@@ -202,7 +224,7 @@ def _closing_add(site: AttentionSite) -> fx.Node | None:
     """Follow the attention output along its only user to the add whose other operand did not come from it."""
     node = site.node
     for _ in range(16):
-        users = list(node.users)
+        users = _real_users(node)
         if len(users) != 1:
             return None
         node, previous = users[0], node

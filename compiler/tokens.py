@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from . import dialect  # noqa: F401  # registers the operators named below
 from .errors import PassError
 from .program import Program, describe
 from .protocols import TokenRule, TokenState
@@ -44,8 +45,15 @@ def token_blocks(program: Program) -> list[Block]:
             where="looking for attention sites",
             fix="token reduction is for transformer encoders",
         )
+    first = found[0].attention.key.meta["val"].shape[-2]
     for block in found:
         stream = block.residual.meta["val"]
+        if block.attention.key.meta["val"].ndim != 4:
+            raise PassError(
+                f"the keys of the attention have shape {[str(s) for s in block.attention.key.meta['val'].shape]}",
+                where=describe(block.attention.node),
+                fix="token reduction needs attention over [B, H, T, D]",
+            )
         tokens = block.attention.key.meta["val"].shape[-2]
         if stream.ndim != 3 or stream.shape[1] != tokens:
             raise PassError(
@@ -58,6 +66,18 @@ def token_blocks(program: Program) -> list[Block]:
                 "the number of tokens is not fixed",
                 where=describe(block.attention.node),
                 fix="capture with a fixed sequence length (dynamic_shapes=) to reduce tokens by a fixed number",
+            )
+        if tokens != first:
+            raise PassError(
+                f"this attention sees {tokens} tokens and the first one sees {first}",
+                where=describe(block.attention.node),
+                fix="reduce the tokens of a model once, and only where every layer sees the same ones",
+            )
+        if block.attention.causal or block.attention.mask is not None:
+            raise PassError(
+                "the attention is causal" if block.attention.causal else "the attention has a mask over the tokens",
+                where=describe(block.attention.node),
+                fix="token reduction is for bidirectional encoders, captured without a mask",
             )
     return found
 
@@ -107,7 +127,10 @@ def _weigh_keys(program: Program, site: AttentionSite, size: fx.Node) -> None:
             site.node.kwargs = {k: v for k, v in site.node.kwargs.items() if k != "attn_mask"}
         else:
             logits = site.softmax.args[0]
-            site.softmax.update_arg(0, graph.call_function(aten.add.Tensor, (logits, bias)))
+            biased = graph.call_function(aten.add.Tensor, (logits, bias))
+            bias.meta["tokens"] = frozenset([3])
+            biased.meta["val"] = logits.meta["val"]  # type: ignore[union-attr]  # the logits are a node
+            site.softmax.update_arg(0, biased)
 
 
 def carry(program: Program) -> None:
@@ -125,6 +148,7 @@ class _Carry(fx.Interpreter):
 
     def __init__(self, program: Program) -> None:
         super().__init__(program.module)
+        self.extra_traceback = False  # our errors are three lines
         self.program = program
         self.before = {n: n.meta["val"] for n in program.graph.nodes if "val" in n.meta}
         self.protected = protected_tokens(program)

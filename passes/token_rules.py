@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import operator
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,6 +41,8 @@ class Merge(TokenRule):
             size = state.size or graph.call_function(aten.ones_like.default, (_first_channel(graph, state.x),))
             merged = graph.call_function(paretoc.merge_tokens.default, (state.x, size, *indices))
             x, new_size = (graph.call_function(operator.getitem, (merged, i)) for i in range(2))
+            if state.protected > 1:
+                x, new_size = _protected_first(program, x, new_size, state, remove, before=cursor)
         graph.erase_node(cursor)
         return Reduced(x, new_size, state.tokens - remove)
 
@@ -74,10 +75,16 @@ class Keep(TokenRule):
         graph.erase_node(cursor)
         return Reduced(x, None, state.protected + keep + int(self.fuse))
 
-
-
-
-
-
 def _first_channel(graph: fx.Graph, x: fx.Node) -> fx.Node:
     return graph.call_function(aten.slice.Tensor, (x, 2, 0, 1))
+
+
+def _protected_first(
+    program: Program, x: fx.Node, size: fx.Node, state: TokenState, remove: int, *, before: fx.Node
+) -> tuple[fx.Node, ...]:
+    """Merging puts what is left of A before B: bring the protected tokens of both back to the front, in order."""
+    left = (state.tokens + 1) // 2 - remove
+    front = [token // 2 + (token % 2) * left for token in range(state.protected)]
+    order = front + [token for token in range(state.tokens - remove) if token not in front]
+    index = program.attribute(f"tokens.{x.name}.order", torch.tensor(order), before=before)
+    return tuple(program.graph.call_function(aten.index_select.default, (part, 1, index)) for part in (x, size))

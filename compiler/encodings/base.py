@@ -79,13 +79,15 @@ def registered_encodings() -> dict[str, type[Encoding]]:
 
 def parse_encoding(text: str) -> Encoding:
     """`str(encoding)` → the encoding. Only registered names and literals: nothing is executed."""
+    fix = "write it like Affine(bits=4, group=32)"
     try:
         tree = ast.parse(text, mode="eval").body
-    except SyntaxError as error:
-        raise OptionError(
-            f"{text!r} is not an encoding", where="parsing an encoding", fix="write it like Affine(bits=4, group=32)"
-        ) from error
-    return _build(tree, text)
+    except (SyntaxError, ValueError) as error:
+        raise OptionError(f"{text!r} is not an encoding", where="parsing an encoding", fix=fix) from error
+    encoding = _build(tree, text)
+    if not isinstance(encoding, Encoding):
+        raise OptionError(f"{text!r} is not an encoding", where="parsing an encoding", fix=fix)
+    return encoding
 
 
 def _build(tree: ast.expr, text: str) -> Any:
@@ -98,6 +100,12 @@ def _build(tree: ast.expr, text: str) -> Any:
                 fix=did_you_mean(tree.func.id, _ENCODINGS) + " A plugin that defines it must be installed.",
             )
         names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]  # encodings are dataclasses
+        if len(tree.args) > len(names):
+            raise OptionError(
+                f"{tree.func.id} has {len(names)} options, got {len(tree.args)}",
+                where=f"parsing {text!r}",
+                fix="its options are " + ", ".join(names),
+            )
         values = dict(zip(names, (_build(a, text) for a in tree.args), strict=False))
         values |= {k.arg: _build(k.value, text) for k in tree.keywords if k.arg}
         unknown = set(values) - set(names)

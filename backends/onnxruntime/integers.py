@@ -1,0 +1,99 @@
+"""Encoded weights → the integer tensors ONNX can hold: dense codes with scales per tensor, channel or block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ...compiler.encodings import NM, Affine, Arrays, Dense, Encoding
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Integers:
+    """w = (codes − zero) · scale. `codes` int32 in the weight's shape; `scale` float32 `[rows, G]`; `zero` likewise.
+
+    `block` is the number of consecutive weights of the flattened input axis under one scale; 0: the whole row;
+    −1: the whole tensor.
+    """
+
+    codes: NDArray[np.int32]
+    scale: NDArray[np.float32]
+    zero: NDArray[np.int32] | None
+    bits: int
+    block: int
+
+    @property
+    def per_channel(self) -> bool:
+        return self.block in (0, -1)
+
+    def storage(self) -> type:
+        """The narrowest ONNX integer that holds the codes, standard since opset 21 for 4 bits."""
+        if self.bits <= 4:
+            return ml_dtypes.uint4 if self.zero is not None else ml_dtypes.int4
+        return np.uint8 if self.zero is not None else np.int8
+
+
+def representable(encoding: Encoding) -> bool:
+    """Whether `integers` can hold this encoding; the others are traced into the graph."""
+    if isinstance(encoding, (Affine, Dense)):
+        return True
+    if isinstance(encoding, NM):
+        values = encoding.values
+        aligned = isinstance(values, Affine) and (values.group <= 0 or values.group % encoding.n == 0)
+        return isinstance(values, Dense) or aligned
+    return False
+
+
+def integers(encoding: Encoding, arrays: Arrays, shape: tuple[int, ...]) -> Integers | None:
+    """The integer form of an encoded weight, or None when it is stored in floating point."""
+    if isinstance(encoding, Affine):
+        codes = encoding.codes(arrays, shape).reshape(shape)
+        zero = None if encoding.symmetric else encoding.zeros(arrays, shape)
+        return _make(codes, arrays["scale"], zero, encoding.bits, encoding.group)
+    if isinstance(encoding, NM) and isinstance(encoding.values, Affine):
+        return _from_sparse(encoding, encoding.values, arrays, shape)
+    return None
+
+
+def _from_sparse(pattern: NM, values: Affine, arrays: Arrays, shape: tuple[int, ...]) -> Integers | None:
+    """Packed codes spread over the dense weight; pruned places get the code of zero."""
+    if values.group > 0 and len(shape) > 2:
+        return None  # a group of packed weights spans kernel positions: no dense block matches it
+    packed_shape = (shape[0], prod(shape[1:]) * pattern.n // pattern.m)
+    inner = pattern.inner(arrays)
+    codes = values.codes(inner, packed_shape)
+    block = values.group * pattern.m // pattern.n if values.group > 0 else values.group
+    if values.symmetric:
+        return _make(pattern.scatter(codes, arrays, shape), inner["scale"], None, values.bits, block)
+    zero = values.zeros(inner, packed_shape)
+    rows, groups, _ = values.grid(packed_shape)
+    centred = codes.reshape(rows, groups, -1) - zero.unsqueeze(-1)
+    dense = pattern.scatter(centred.reshape(packed_shape), arrays, shape)
+    codes = (dense.reshape(rows, groups, -1) + zero.unsqueeze(-1)).reshape(shape)
+    return _make(codes, inner["scale"], zero, values.bits, block)
+
+
+def _make(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, block: int) -> Integers:
+    return Integers(
+        codes.to(torch.int32).numpy(),
+        scale.float().numpy(),
+        None if zero is None else zero.to(torch.int32).numpy(),
+        bits,
+        block,
+    )
+
+
+def pack_bits(codes: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
+    """Unsigned codes `[..., n]`, n·bits divisible by 8 → bytes, low bits first: the layout of MatMulNBits."""
+    per_byte = 8 // bits
+    grouped = codes.astype(np.uint8).reshape(*codes.shape[:-1], -1, per_byte)
+    shifts = (np.arange(per_byte) * bits).astype(np.uint8)
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(grouped << shifts, axis=-1).astype(np.uint8)
+    return packed

@@ -1,0 +1,415 @@
+"""Opaque `paretoc` nodes → real ONNX operators: the choice of kernels, one short rule each.
+
+The rules see an encoded weight together with the quantiser of its input, and pick the form the target runs best.
+`onnx` emits standard operators only; `onnxruntime` may emit com.microsoft ones. What each rule emits is exact with
+respect to the eager reference up to float rounding, unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from onnx_ir import tape
+
+from ...compiler.encodings import parse_encoding
+from ...compiler.errors import LoweringError
+from .integers import Integers, integers, pack_bits
+
+MICROSOFT = "com.microsoft"
+#: block sizes the MatMulNBits kernel takes
+_BLOCKS = (16, 32, 64, 128, 256)
+
+
+@dataclass
+class Lowering:
+    """The state of one lowering: the model, the target, and per site what was chosen and why."""
+
+    model: ir.Model
+    target: str
+    opset: int
+    notes: dict[str, str] = field(default_factory=dict)
+    quantised: dict[tuple[ir.Value, str], tuple[ir.Value, ...]] = field(default_factory=dict)
+
+    @property
+    def contrib(self) -> bool:
+        return self.target == "onnxruntime"
+
+    def run(self) -> None:
+        """Lower every opaque node, consumers of weights first, then what is left of weights and quantisers."""
+        rules = {"Linear": self._linear, "Decode": self._decode}
+        rules |= {"StaticQuantize": self._static, "DynamicQuantize": self._dynamic}
+        for node in list(self.model.graph):
+            if node.domain == "paretoc" and node.op_type == "Linear":
+                self._linear(node)
+            elif node.op_type == "Gather" and _opaque(node.inputs[0], "Decode"):
+                self._embedding(node)
+            elif node.op_type == "Conv" and _opaque(node.inputs[1], "Decode"):
+                self._convolution(node)
+        for node in reversed(list(self.model.graph)):
+            if node.domain != "paretoc":
+                continue
+            if any(output.uses() or output.is_graph_output() for output in node.outputs):
+                rules[node.op_type](node)
+            if node.graph is not None:
+                node.graph.remove(node, safe=True)
+        self.model.opset_imports.pop("paretoc", None)
+        if any(n.domain == MICROSOFT for n in self.model.graph):
+            self.model.opset_imports[MICROSOFT] = 1
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    def constant(self, name: str, value: NDArray[Any], dtype: ir.DataType | None = None) -> ir.Value:
+        """An initializer under a unique name; equal names share one."""
+        graph = self.model.graph
+        if name in graph.initializers:
+            return graph.initializers[name]
+        tensor = ir.Tensor(np.ascontiguousarray(value), dtype=dtype, name=name)
+        graph.initializers[name] = made = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        return made
+
+    def emit(
+        self,
+        before: ir.Node,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: dict[str, Any] | None = None,
+        *,
+        domain: str = "",
+        name: str | None = None,
+        outputs: int = 1,
+    ) -> Any:
+        """Insert one node; returns its output value(s)."""
+        built = tape.Tape()
+        if outputs == 1:
+            result: Any = built.op(op_type, inputs, attributes, domain=domain, name=name)
+        else:
+            result = built.op_multi_out(op_type, inputs, attributes, num_outputs=outputs, domain=domain, name=name)
+        self.model.graph.insert_before(before, list(built.nodes))
+        return result
+
+    def replace(self, node: ir.Node, value: ir.Value) -> None:
+        """Let `value` stand in for the node's only output; graph outputs keep their names."""
+        old = node.outputs[0]
+        if old.is_graph_output():
+            name = old.name
+            value = self.emit(node, "Identity", [value])
+            graph = self.model.graph
+            graph.outputs[graph.outputs.index(old)] = value
+            old.name, value.name = f"{name}_before_lowering", name
+            value.type, value.shape = old.type, old.shape
+        ir.convenience.replace_all_uses_with(old, value)
+        self.model.graph.remove(node, safe=True)
+
+    # -- rules ------------------------------------------------------------------------------------------------------
+
+    def _linear(self, node: ir.Node) -> None:
+        x, weight, bias = (*node.inputs, None)[:3]
+        assert x is not None and weight is not None
+        decode = _opaque(weight, "Decode")
+        site = _site(decode.inputs[0] if decode else weight)
+        stored = _integers(decode) if decode else None
+        if stored is None:
+            self.replace(node, self._float_linear(node, x, weight, bias, site))
+            return
+        for rule in (self._integer_matmul, self._nbits_matmul, self._dequantised_matmul):
+            result = rule(node, x, stored, bias, site)
+            if result is not None:
+                self.replace(node, result)
+                return
+        self.replace(node, self._float_linear(node, x, weight, bias, site))
+
+    def _float_linear(
+        self, node: ir.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None, site: str
+    ) -> ir.Value:
+        """x·Wᵀ + b in floating point: Gemm for a matrix, MatMul with the transposed weight otherwise."""
+        if x.shape is not None and len(x.shape) == 2:
+            inputs = [x, weight] if bias is None else [x, weight, bias]
+            return self.emit(node, "Gemm", inputs, {"transB": 1}, name=site)  # type: ignore[no-any-return]
+        if weight.const_value is not None:
+            transposed = self.constant(f"{weight.name}.T", weight.const_value.numpy().T)
+        else:
+            transposed = self.emit(node, "Transpose", [weight], {"perm": [1, 0]})
+        product = self.emit(node, "MatMul", [x, transposed], name=site)
+        return self._add_bias(node, product, bias)
+
+    def _add_bias(self, node: ir.Node, product: ir.Value, bias: ir.Value | None) -> ir.Value:
+        return product if bias is None else self.emit(node, "Add", [product, bias])
+
+    def _integer_matmul(
+        self, node: ir.Node, x: ir.Value, stored: Integers, bias: ir.Value | None, site: str
+    ) -> ir.Value | None:
+        """u8 activations × s8 weights, scaled once at the end. The weight must be symmetric with one scale a channel."""
+        quantiser = _opaque(x, "StaticQuantize") or _opaque(x, "DynamicQuantize")
+        if quantiser is None or not stored.per_channel or stored.zero is not None:
+            return None
+        weight = self.constant(f"{site}.weight.codes_transposed", stored.codes.T.astype(np.int8))
+        width = stored.codes.shape[0]
+        scale = self.constant(f"{site}.weight.scale_channel", np.broadcast_to(stored.scale.ravel(), (width,)))
+        per_token = quantiser.op_type == "DynamicQuantize" and _text(quantiser, "granularity") == "token"
+        if not per_token and self.contrib:
+            return self._contrib_integer_matmul(node, quantiser, weight, scale, bias, site)
+        codes, a_scale, a_zero = self._quantised_input(quantiser)
+        product = self.emit(node, "MatMulInteger", [codes, weight, a_zero], name=site)
+        product = self.emit(node, "Cast", [product], {"to": int(ir.DataType.FLOAT)})
+        if per_token:
+            product = self.emit(node, "Mul", [self.emit(node, "Mul", [product, a_scale]), scale])
+        else:
+            product = self.emit(node, "Mul", [product, self.emit(node, "Mul", [a_scale, scale])])
+        return self._add_bias(node, product, bias)
+
+    def _contrib_integer_matmul(
+        self, node: ir.Node, quantiser: ir.Node, weight: ir.Value, scale: ir.Value, bias: ir.Value | None, site: str
+    ) -> ir.Value:
+        """One reader: DynamicQuantizeMatMul. Several readers or a static range: quantise once, MatMulIntegerToFloat."""
+        source = quantiser.inputs[0]
+        readers = len(quantiser.outputs[0].uses())
+        if quantiser.op_type == "DynamicQuantize" and readers == 1 and (source, "tensor") not in self.quantised:
+            inputs = [source, weight, scale, None, bias]
+            return self.emit(  # type: ignore[no-any-return]
+                node, "DynamicQuantizeMatMul", _trimmed(inputs), domain=MICROSOFT, name=site
+            )
+        codes, a_scale, a_zero = self._quantised_input(quantiser)
+        inputs = [codes, weight, a_scale, scale, a_zero, None, bias]
+        return self.emit(  # type: ignore[no-any-return]
+            node, "MatMulIntegerToFloat", _trimmed(inputs), domain=MICROSOFT, name=site
+        )
+
+    def _nbits_matmul(
+        self, node: ir.Node, x: ir.Value, stored: Integers, bias: ir.Value | None, site: str
+    ) -> ir.Value | None:
+        """Weight-only blocks: MatMulNBits at accuracy level 1, so that activations stay floating point."""
+        rows, width = stored.codes.shape
+        fits = self.contrib and stored.bits in (3, 4) and stored.block in _BLOCKS and width % stored.block == 0
+        if not fits or _opaque(x, "StaticQuantize") or _opaque(x, "DynamicQuantize"):
+            return None
+        offset = 8 if stored.zero is None else 0
+        blocks = (stored.codes + offset).reshape(rows, width // stored.block, stored.block)
+        packed = self.constant(f"{site}.weight.codes_blocks", pack_bits(blocks, 4))
+        scale = self.constant(f"{site}.weight.scale_blocks", stored.scale)
+        inputs = [x, packed, scale]
+        if stored.zero is not None:
+            padded = np.pad(stored.zero, ((0, 0), (0, stored.zero.shape[1] % 2)))
+            inputs.append(self.constant(f"{site}.weight.zero_blocks", pack_bits(padded, 4)))
+        attributes = {"K": width, "N": rows, "bits": 4, "block_size": stored.block, "accuracy_level": 1}
+        product = self.emit(node, "MatMulNBits", inputs, attributes, domain=MICROSOFT, name=site)
+        return self._add_bias(node, product, bias)
+
+    def _dequantised_matmul(
+        self, node: ir.Node, x: ir.Value, stored: Integers, bias: ir.Value | None, site: str
+    ) -> ir.Value | None:
+        """Standard operators: DequantizeLinear of the weight, then a floating MatMul."""
+        if stored.block > 0:
+            transposed = Integers(
+                stored.codes.T, stored.scale.T, None if stored.zero is None else stored.zero.T, stored.bits, stored.block
+            )
+            weight = self._dequantise(node, transposed, site, axis=0, shape=stored.codes.T.shape)
+        else:
+            weight = self._dequantise(node, _transposed(stored), site, axis=1, shape=stored.codes.T.shape)
+        product = self.emit(node, "MatMul", [x, weight], name=site)
+        return self._add_bias(node, product, bias)
+
+    def _dequantise(
+        self, node: ir.Node, stored: Integers, site: str, *, axis: int, shape: tuple[int, ...]
+    ) -> ir.Value:
+        """DequantizeLinear of constant codes: per tensor, per channel on `axis`, or in blocks along `axis`."""
+        kind = "" if axis == 0 and stored.block <= 0 else ".transposed"
+        codes = self.constant(f"{site}.weight.codes{kind}", stored.codes.reshape(shape).astype(stored.storage()))
+        scale = stored.scale if stored.block > 0 else stored.scale.ravel()
+        inputs = [codes, self.constant(f"{site}.weight.scale{kind}", scale if stored.block != -1 else scale.reshape(()))]
+        if stored.zero is not None:
+            zero = (stored.zero if stored.block > 0 else stored.zero.ravel()).astype(stored.storage())
+            inputs.append(self.constant(f"{site}.weight.zero{kind}", zero if stored.block != -1 else zero.reshape(())))
+        attributes: dict[str, Any] = {"axis": axis} if stored.block >= 0 else {}
+        if stored.block > 0:
+            attributes["block_size"] = stored.block
+        return self.emit(node, "DequantizeLinear", inputs, attributes)  # type: ignore[no-any-return]
+
+    def _embedding(self, node: ir.Node) -> None:
+        """Gather rows of codes, then dequantise only those: the table stays quantised in memory."""
+        decode = _opaque(node.inputs[0], "Decode")
+        stored = _integers(decode) if decode else None
+        if decode is None or stored is None or stored.block > 0:
+            return
+        site, indices = _site(decode.inputs[0]), node.inputs[1]
+        codes = stored.codes.astype(np.int8 if stored.zero is None else np.uint8)
+        rows = self.emit(node, "Gather", [self.constant(f"{site}.weight.codes_rows", codes), indices], {"axis": 0}, name=site)
+        values = self.emit(node, "Cast", [rows], {"to": int(ir.DataType.FLOAT)})
+        count = codes.shape[0] if stored.block == 0 else 1
+        if stored.zero is not None:
+            zero = self.constant(f"{site}.weight.zero_rows", stored.zero.astype(np.float32).reshape(count, 1))
+            values = self.emit(node, "Sub", [values, self._row(node, zero, indices, stored)])
+        scale = self.constant(f"{site}.weight.scale_rows", stored.scale.reshape(count, 1))
+        self.replace(node, self.emit(node, "Mul", [values, self._row(node, scale, indices, stored)]))
+
+    def _row(self, node: ir.Node, table: ir.Value, indices: ir.Value | None, stored: Integers) -> ir.Value:
+        return table if stored.block == -1 else self.emit(node, "Gather", [table, indices], {"axis": 0})
+
+    def _convolution(self, node: ir.Node) -> None:
+        """u8 × s8 ConvInteger, scaled once at the end; a floating convolution over dequantised weights otherwise."""
+        decode = _opaque(node.inputs[1], "Decode")
+        stored = _integers(decode) if decode else None
+        quantiser = _opaque(node.inputs[0], "StaticQuantize") or _opaque(node.inputs[0], "DynamicQuantize")
+        per_token = quantiser is not None and _text(quantiser, "granularity") == "token"
+        if decode is None or stored is None or quantiser is None or per_token:
+            return
+        if not stored.per_channel or stored.zero is not None:
+            return
+        site, rank = _site(decode.inputs[0]), stored.codes.ndim
+        weight = self.constant(f"{site}.weight.codes_conv", stored.codes.astype(np.int8))
+        channel = (1, stored.codes.shape[0], *[1] * (rank - 2))
+        scale = np.broadcast_to(stored.scale.reshape(1, -1, *[1] * (rank - 2)), channel)
+        scale_value = self.constant(f"{site}.weight.scale_conv", scale)
+        codes, a_scale, a_zero = self._quantised_input(quantiser)
+        attributes = {a.name: a.value for a in node.attributes.values()}
+        product = self.emit(node, "ConvInteger", [codes, weight, a_zero], attributes, name=site)
+        product = self.emit(node, "Cast", [product], {"to": int(ir.DataType.FLOAT)})
+        product = self.emit(node, "Mul", [product, self.emit(node, "Mul", [a_scale, scale_value])])
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None:
+            assert bias.const_value is not None
+            shaped = self.constant(f"{bias.name}.channels", bias.const_value.numpy().reshape(channel))
+            product = self.emit(node, "Add", [product, shaped])
+        self.replace(node, product)
+
+    # -- quantisers -------------------------------------------------------------------------------------------------
+
+    def _quantised_input(self, quantiser: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """(codes uint8, scale, zero) of an activation, computed once however many operators read it."""
+        source = quantiser.inputs[0]
+        assert source is not None
+        granularity = _text(quantiser, "granularity") or quantiser.op_type
+        key = (source, granularity)
+        if key not in self.quantised:
+            self.quantised[key] = {
+                "StaticQuantize": self._static_codes,
+                "tensor": self._tensor_codes,
+                "token": self._token_codes,
+            }[granularity](quantiser, source)
+        return self.quantised[key]  # type: ignore[return-value]  # the three functions return triples
+
+    def _static_codes(self, quantiser: ir.Node, source: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        _, scale, zero = quantiser.inputs
+        assert scale is not None and zero is not None
+        return self.emit(quantiser, "QuantizeLinear", [source, scale, zero]), scale, zero
+
+    def _tensor_codes(self, quantiser: ir.Node, source: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        codes, scale, zero = self.emit(quantiser, "DynamicQuantizeLinear", [source], outputs=3)
+        return codes, scale, zero
+
+    def _token_codes(self, quantiser: ir.Node, source: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Symmetric codes around 128: unsigned, because u8×s8 is the fast product on x86."""
+        axes = self.constant("axes.last", np.array([-1], dtype=np.int64))
+        peak = self.emit(quantiser, "ReduceMax", [self.emit(quantiser, "Abs", [source]), axes], {"keepdims": 1})
+        floor = self.constant("token.smallest_peak", np.array(1e-8, dtype=np.float32))
+        levels = self.constant("token.levels", np.array(127, dtype=np.float32))
+        scale = self.emit(quantiser, "Div", [self.emit(quantiser, "Max", [peak, floor]), levels])
+        rounded = self.emit(quantiser, "Round", [self.emit(quantiser, "Div", [source, scale])])
+        offset = self.constant("token.offset", np.array(128, dtype=np.float32))
+        shifted = self.emit(quantiser, "Add", [rounded, offset])
+        codes = self.emit(quantiser, "Cast", [shifted], {"to": int(ir.DataType.UINT8)})
+        return codes, scale, self.constant("token.zero", np.array(128, dtype=np.uint8))
+
+    def _static(self, node: ir.Node) -> None:
+        codes, scale, zero = self._quantised_input(node)
+        self.replace(node, self.emit(node, "DequantizeLinear", [codes, scale, zero]))
+
+    def _dynamic(self, node: ir.Node) -> None:
+        codes, scale, zero = self._quantised_input(node)
+        if _text(node, "granularity") == "tensor":
+            self.replace(node, self.emit(node, "DequantizeLinear", [codes, scale, zero]))
+            return
+        values = self.emit(node, "Cast", [codes], {"to": int(ir.DataType.FLOAT)})
+        offset = self.constant("token.offset", np.array(128, dtype=np.float32))
+        self.replace(node, self.emit(node, "Mul", [self.emit(node, "Sub", [values, offset]), scale]))
+
+    def _decode(self, node: ir.Node) -> None:
+        """A weight whose reader has no rule of its own: dequantise, or store it dense."""
+        site, stored = _site(node.inputs[0]), _integers(node)
+        shape = tuple(_ints(node, "shape"))
+        if stored is None:
+            dense = _dense(node)
+            value = self.constant(f"{site}.weight.dense", dense.numpy())
+        elif stored.block > 0 and len(shape) != 2:
+            flat = Integers(stored.codes.reshape(shape[0], -1), stored.scale, stored.zero, stored.bits, stored.block)
+            value = self._dequantise(node, flat, site, axis=1, shape=flat.codes.shape)
+            target = self.constant(f"{site}.weight.shape", np.array(shape, dtype=np.int64))
+            value = self.emit(node, "Reshape", [value, target])
+        else:
+            value = self._dequantise(node, stored, site, axis=1 if stored.block > 0 else 0, shape=shape)
+        if node.outputs[0].dtype not in (None, ir.DataType.FLOAT):
+            value = self.emit(node, "Cast", [value], {"to": int(node.outputs[0].dtype)})  # type: ignore[arg-type]
+        self.replace(node, value)
+
+
+def required_opset(encodings: Sequence[Any], base: int) -> int:
+    """The lowest opset that holds these encodings: 21 for 4-bit integers and for blocks of scales."""
+    for encoding in encodings:
+        inner = getattr(encoding, "values", encoding)
+        if getattr(inner, "bits", 8) <= 4 or getattr(inner, "group", 0) > 0:
+            base = max(base, 21)
+    return base
+
+
+def _opaque(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The `paretoc` node of that type which produces a value, if one does."""
+    producer = value.producer() if value is not None else None
+    matches = producer is not None and producer.domain == "paretoc" and producer.op_type == op_type
+    return producer if matches else None
+
+
+def _site(value: ir.Value | None) -> str:
+    """encoder.layer.0.query.weight.codes → encoder.layer.0.query"""
+    name = (value.name if value is not None else None) or "constant"
+    head, separator, _ = name.partition(".weight")
+    return head if separator else name.rpartition(".")[0] or name
+
+
+def _text(node: ir.Node, name: str) -> str:
+    attribute = node.attributes.get(name)
+    return attribute.as_string() if attribute is not None else ""
+
+
+def _ints(node: ir.Node, name: str) -> Sequence[int]:
+    return node.attributes[name].as_ints()
+
+
+def _trimmed(inputs: list[ir.Value | None]) -> list[ir.Value | None]:
+    while inputs and inputs[-1] is None:
+        inputs.pop()
+    return inputs
+
+
+def _stored(node: ir.Node) -> tuple[Any, dict[str, torch.Tensor], tuple[int, ...]]:
+    encoding = parse_encoding(_text(node, "encoding"))
+    shape = tuple(_ints(node, "shape"))
+    arrays = {}
+    for name, value in zip(encoding.layout(shape), node.inputs, strict=True):
+        if value is None or value.const_value is None:
+            raise LoweringError(
+                f"the stored array {name!r} of an encoded weight is not constant",
+                where=_site(value),
+                fix="a pass computed it in the graph; store it with Program.encode instead",
+            )
+        arrays[name] = torch.from_numpy(np.array(value.const_value.numpy()))
+    return encoding, arrays, shape
+
+
+def _integers(node: ir.Node) -> Integers | None:
+    return integers(*_stored(node))
+
+
+def _dense(node: ir.Node) -> torch.Tensor:
+    encoding, arrays, shape = _stored(node)
+    return encoding.decode(arrays, shape).contiguous()  # type: ignore[no-any-return]
+
+
+def _transposed(stored: Integers) -> Integers:
+    return Integers(stored.codes.T, stored.scale, stored.zero, stored.bits, stored.block)

@@ -1,0 +1,192 @@
+"""Program → an ONNX graph in which every decision about kernels is still open.
+
+Our operators, and the few ATen operators whose ONNX form depends on the encodings around them, become opaque nodes of
+the domain `paretoc` (see `lower.py`); everything else goes through `torch.onnx.export`.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.export import Dim
+from torch.onnx.ops import symbolic, symbolic_multi_out
+
+from ...compiler.errors import LoweringError
+from ...compiler.program import Program, describe, source_line
+
+aten = torch.ops.aten
+paretoc = torch.ops.paretoc
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    inputs = [x, weight] if bias is None else [x, weight, bias]
+    return symbolic("paretoc::Linear", inputs, dtype=x.dtype, shape=(*x.shape[:-1], weight.shape[0]), version=1)
+
+
+def _decode(arrays: Sequence[Tensor], encoding: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    attributes = {"encoding": encoding, "shape": list(shape)}
+    return symbolic("paretoc::Decode", list(arrays), attributes, dtype=dtype, shape=tuple(shape), version=1)
+
+
+def _fake_quantize(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return symbolic("paretoc::StaticQuantize", [x, scale, zero], dtype=x.dtype, shape=x.shape, version=1)
+
+
+def _fake_quantize_dynamic(x: Tensor, granularity: str) -> Tensor:
+    return symbolic("paretoc::DynamicQuantize", [x], {"granularity": granularity}, dtype=x.dtype, shape=x.shape, version=1)
+
+
+def _top(values: Tensor, count: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
+    """TopK over the last axis, sorted; on a tie the lower index first, as ONNX defines it."""
+    shape = (*values.shape[:-1], count)
+    k = torch.tensor([count], dtype=torch.int64)
+    outputs = symbolic_multi_out(
+        "TopK",
+        [values, k],
+        {"axis": -1, "largest": int(largest), "sorted": 1},
+        dtypes=(values.dtype, torch.int64),
+        shapes=(shape, shape),
+        version=11,
+    )
+    return outputs[0], outputs[1]
+
+
+def _rows(x: Tensor, indices: Tensor) -> Tensor:
+    """x `[B, T, C]`, indices `[B, k]` → `[B, k, C]`: GatherND is several times faster than GatherElements here."""
+    shape = (x.shape[0], indices.shape[1], x.shape[2])
+    return symbolic("GatherND", [x, indices.unsqueeze(-1)], {"batch_dims": 1}, dtype=x.dtype, shape=shape, version=13)
+
+
+def _bipartite_match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
+    in_a, in_b = (protected + 1) // 2, protected // 2
+    metric = metric / metric.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
+    scores = metric[:, ::2][:, in_a:] @ metric[:, 1::2][:, in_b:].transpose(-1, -2)
+    best, partner = scores.max(-1)
+    total = best.shape[1]
+    order = _top(best, total)[1]
+    source = order[:, :r]
+    rest = _top(order[:, r:], total - r, largest=False)[0]
+    destination = _rows(partner.unsqueeze(-1), source).squeeze(-1)
+    leading = torch.arange(in_a).expand(metric.shape[0], in_a)
+    return torch.cat([leading, rest + in_a], dim=1), source + in_a, destination + in_b
+
+
+def _merge_tokens(
+    x: Tensor, size: Tensor, unmerged: Tensor, source: Tensor, destination: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The weighted sums of values and of sizes in one go: the size rides along as one more channel."""
+    packed = torch.cat([x * size, size], dim=-1)
+    a, b = packed[:, ::2], packed[:, 1::2]
+    row = torch.arange(x.shape[0]).reshape(-1, 1).expand(x.shape[0], source.shape[1])
+    where = torch.stack([row, destination], dim=-1)
+    b = symbolic("ScatterND", [b, where, _rows(a, source)], {"reduction": "add"}, dtype=x.dtype, shape=b.shape, version=18)
+    packed = torch.cat([_rows(a, unmerged), b], dim=1)
+    total = packed[..., -1:]
+    return packed[..., :-1] / total, total
+
+
+def _keep_tokens(x: Tensor, scores: Tensor, keep: int, protected: int, fuse: bool) -> Tensor:
+    candidates = scores[:, protected:]
+    order = _top(candidates, candidates.shape[1])[1]
+    kept = _top(order[:, :keep], keep, largest=False)[0]
+    parts = [x[:, :protected], _rows(x, kept + protected)]
+    if fuse:
+        dropped = order[:, keep:] + protected
+        weight = _rows(scores.unsqueeze(-1), dropped)
+        parts.append((_rows(x, dropped) * weight).sum(1, keepdim=True))
+    return torch.cat(parts, dim=1)
+
+
+#: our translation table: operator of the program → function that emits its ONNX form
+TABLE: dict[Any, Callable[..., Any]] = {
+    aten.linear.default: _linear,
+    paretoc.decode.default: _decode,
+    paretoc.fake_quantize.default: _fake_quantize,
+    paretoc.fake_quantize_dynamic.default: _fake_quantize_dynamic,
+    paretoc.bipartite_match.default: _bipartite_match,
+    paretoc.merge_tokens.default: _merge_tokens,
+    paretoc.keep_tokens.default: _keep_tokens,
+}
+
+
+def translate(program: Program, opset: int) -> ir.Model:
+    """The program as an ONNX IR model of the given opset, inputs and outputs under readable names."""
+    program = program.clone()
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in TABLE:
+            node.target = TABLE[node.target]
+    program.module.recompile()
+    axes = tuple({axis: Dim.AUTO for axis in opened} for opened in program.dynamic)
+    names = program.interface.output_names()
+    try:
+        with _quiet(), torch.no_grad():
+            exported = torch.export.export(program.module, tuple(program.example), dynamic_shapes=axes)
+            onnx_program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=opset,
+                input_names=[n.name for n in program.placeholders],
+                output_names=names,
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:
+        raise _explained(program, error) from error
+    model = onnx_program.model
+    _name_axes(program, model)
+    return model
+
+
+class _quiet(warnings.catch_warnings):
+    """Silence the exporter's own chatter; errors still come through."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        warnings.simplefilter("ignore")
+        self.level = logging.getLogger("torch.onnx").level
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        return entered
+
+    def __exit__(self, *exc: object) -> None:
+        logging.getLogger("torch.onnx").setLevel(self.level)
+        super().__exit__(*exc)
+
+
+def _explained(program: Program, error: Exception) -> LoweringError:
+    """Name the operator and the user's line where the exporter says which node it could not translate."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    text = "\n".join(str(e) for e in chain)
+    guilty = next((n for n in program.graph.nodes if n.op == "call_function" and str(n.target) in text), None)
+    first = next((ln.strip() for ln in str(chain[-1]).splitlines() if ln.strip()), type(error).__name__)
+    place = describe(guilty) if guilty is not None and source_line(guilty) else "exporting to ONNX"
+    return LoweringError(
+        f"the model cannot be exported to ONNX: {first}",
+        where=place,
+        fix="rewrite that operation with ones that ONNX has, or use target='eager'",
+    )
+
+
+def _name_axes(program: Program, model: ir.Model) -> None:
+    """Symbolic axes get readable names: "batch" for the first, "sequence" for the second, else input and axis."""
+    renamed: dict[str, str] = {}
+    taken: set[str] = set()
+    for value, opened in zip(model.graph.inputs, program.dynamic, strict=True):
+        for axis in opened:
+            symbol = str(value.shape[axis])
+            wanted = {0: "batch", 1: "sequence"}.get(axis, f"{value.name}_{axis}")
+            if symbol not in renamed:
+                renamed[symbol] = wanted if wanted not in taken else f"{value.name}_{axis}"
+                taken.add(renamed[symbol])
+    values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
+    for value in values:
+        if value.shape is not None and not value.shape.is_static():
+            value.shape = ir.Shape([d if isinstance(d, int) else renamed.get(str(d)) for d in value.shape])
+
