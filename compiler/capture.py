@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +18,11 @@ from torch.export import Dim, ExportedProgram
 from . import dialect  # noqa: F401  # registers the paretoc:: operators that a captured graph may hold
 from .errors import CaptureError
 from .program import Arguments, Interface, Program, describe, forward_parameters, hint
+from .sites import SDPA
 
 Model = nn.Module | ExportedProgram | fx.GraphModule
+#: folders whose lines an error does not show
+_NOT_THE_USERS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
 _DROPOUTS = (nn.modules.dropout._DropoutNd,)
 
 
@@ -45,15 +51,12 @@ def capture(model: Model, example_inputs: Any = None, dynamic_shapes: Any = None
             fix="pass an nn.Module, a torch.export.ExportedProgram or a torch.fx.GraphModule",
         )
     _check_model(model)
-    args, kwargs = as_call(example_inputs)
+    args, kwargs = _distinct(as_call(example_inputs))
     notes: list[str] = []
     _disable_cache(model, args, kwargs, notes)
-    if dynamic_shapes is None:
-        args, kwargs = _widen_batch(args, kwargs)
-    elif isinstance(dynamic_shapes, Mapping):
-        dynamic_shapes = dict.fromkeys(kwargs.keys() & {"use_cache"}) | dict(dynamic_shapes)
-    exported = _export(model, args, kwargs, dynamic_shapes, notes)
-    return _program(exported, (args, kwargs), forward_parameters(model), notes)
+    with _named_keywords(model, kwargs):
+        exported, call = _export(model, (args, kwargs), dynamic_shapes, notes)
+        return _program(exported, call, _parameters(model, args), notes)
 
 
 def as_call(example: Any) -> Arguments:
@@ -71,6 +74,64 @@ def as_call(example: Any) -> Arguments:
         where="example_inputs=",
         fix="pass a tensor, a tuple of positional inputs, or a dict of keyword inputs",
     )
+
+
+def _distinct(call: Arguments) -> Arguments:
+    """A tensor that is passed twice would become one input: copy it."""
+    seen: set[int] = set()
+
+    def fresh(leaf: Any) -> Any:
+        repeated = isinstance(leaf, Tensor) and id(leaf) in seen
+        seen.add(id(leaf))
+        return leaf.clone() if repeated else leaf
+
+    return pytree.tree_map(fresh, call)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _named_keywords(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """`torch.export` cannot leave open an axis of what goes to `**kwargs`: give those a name in the signature."""
+    signature = inspect.signature(model.forward)
+    kinds = {p.kind for p in signature.parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds or "forward" in vars(model):
+        yield
+        return
+    named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs if n not in signature.parameters]
+    original = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    forward.__signature__ = signature.replace(parameters=[*named, *extra])  # type: ignore[attr-defined]
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+def _bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call by parameter name, as `torch.export` wants its shapes: `*args` is one tuple."""
+    try:
+        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise CaptureError(
+            f"the example inputs do not fit the model: {error}",
+            where=f"{type(model).__name__}.forward",
+            fix=f"pass example inputs for {', '.join(forward_parameters(model)) or 'its arguments'}",
+        ) from error
+
+
+def _parameters(model: nn.Module, args: tuple[Any, ...]) -> tuple[str, ...]:
+    """A name for every positional argument of the call and every named one of the model."""
+    names: list[str] = []
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{i}" for i in range(len(args) - len(names))]
+        elif parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            names.append(parameter.name)
+    return tuple(names)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -132,20 +193,25 @@ def _open_axes(leaf: Any, batch: int | None, *, sequence: bool) -> dict[int, Any
 
 
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, notes: list[str]
-) -> ExportedProgram:
-    attempts: list[tuple[str, Any]] = []
+    model: nn.Module, call: Arguments, dynamic_shapes: Any, notes: list[str]
+) -> tuple[ExportedProgram, Arguments]:
+    """The exported model and the call it was traced with."""
+    attempts: list[tuple[str, Arguments, Any]] = []
+    bound = _bind(model, *call)
+    if isinstance(dynamic_shapes, Mapping):
+        dynamic_shapes = pytree.tree_map(lambda _: None, bound) | dict(dynamic_shapes)
     if dynamic_shapes is not None:
-        attempts.append(("as asked", dynamic_shapes))
+        attempts.append(("as asked", call, dynamic_shapes))
     else:
-        parameters = forward_parameters(model)
-        call = dict(zip(parameters, args, strict=False)) | kwargs
-        batch = _batch_size(pytree.tree_leaves((args, kwargs)))
+        wide = _widen_batch(*call)
+        bound = _bind(model, *wide)
+        batch = _batch_size(pytree.tree_leaves(wide))
         for label, sequence in (("batch and sequence", True), ("batch only", False)):
-            attempts.append((label, pytree.tree_map(lambda x, s=sequence: _open_axes(x, batch, sequence=s), call)))
-        attempts.append(("nothing", None))
+            shapes = pytree.tree_map(lambda x, s=sequence: _open_axes(x, batch, sequence=s), bound)
+            attempts.append((label, wide, shapes))
+        attempts.append(("nothing", call, None))
     first: Exception | None = None
-    for label, shapes in attempts:
+    for label, (args, kwargs), shapes in attempts:
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # torch's own chatter about its internals
@@ -155,7 +221,7 @@ def _export(
             continue
         if first is not None:
             notes.append(f"left open: {label}, because of {_reason(first)}")
-        return exported
+        return exported, (args, kwargs)
     assert first is not None
     raise CaptureError(
         f"torch.export could not capture {type(model).__name__}: {_reason(first)}",
@@ -174,8 +240,7 @@ def _user_line(error: BaseException | None) -> str:
     found = ""
     while error is not None and not found:
         for frame in traceback.extract_tb(error.__traceback__):
-            path = frame.filename.replace("\\", "/")
-            if "/torch/" not in path and not path.startswith("<") and path != __file__ and "/compiler/" not in path:
+            if not frame.filename.startswith(("<", *_NOT_THE_USERS)):
                 found = f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
         error = error.__cause__ or error.__context__
     return found
@@ -198,6 +263,7 @@ def _program(exported: ExportedProgram, call: Arguments, parameters: tuple[str, 
     example: list[Tensor] = []
     for node, leaf in zip([n for n in graph.nodes if n.op == "placeholder"], leaves, strict=True):
         if isinstance(leaf, Tensor):
+            _settle_shape(node)
             kinds.append(("tensor", node.name))
             example.append(leaf)
             continue
@@ -205,6 +271,7 @@ def _program(exported: ExportedProgram, call: Arguments, parameters: tuple[str, 
         if node.users:
             node.replace_all_uses_with(leaf)  # type: ignore[arg-type]  # a specialised Python constant
         graph.erase_node(node)
+    _check_inference(graph)
     results = _flatten_outputs(graph)
     interface = Interface(parameters, in_spec, tuple(kinds), exported.call_spec.out_spec, results)
     program = Program(fx.GraphModule(module, _merge_constants(graph)), interface, example, [], notes, tuple(exported.state_dict))
@@ -212,6 +279,20 @@ def _program(exported: ExportedProgram, call: Arguments, parameters: tuple[str, 
     _note_frozen_batch(program)
     program.refresh()
     return program
+
+
+def _check_inference(graph: fx.Graph) -> None:
+    """Refuse a graph that draws random numbers to drop activations, or that changes the model's own buffers."""
+    for node in graph.nodes:
+        name, args = str(node.target), node.args
+        drops = name.startswith("aten.native_dropout") or (name == "aten.dropout.default" and args[2])
+        if (drops and args[1]) or (node.target in SDPA and len(args) > 4 and args[4]):
+            what = "the model is in training mode and a dropout is active"
+        elif name.startswith("aten.copy_.") and isinstance(args[0], fx.Node) and args[0].op == "get_attr":
+            what = f"the model changes its own {args[0].target!r} while it runs"
+        else:
+            continue
+        raise CaptureError(what, where=describe(node), fix="call model.eval() first; a model with state cannot be compiled")
 
 
 def _flatten_outputs(graph: fx.Graph) -> tuple[tuple[str, Any], ...]:
@@ -244,6 +325,14 @@ def _merge_constants(graph: fx.Graph) -> fx.Graph:
                 node.replace_all_uses_with(kept)
                 graph.erase_node(node)
     return graph
+
+
+def _settle_shape(node: fx.Node) -> None:
+    """Write an axis that the model fixed, which `torch.export` leaves as a symbol of known value, as a number."""
+    value = node.meta["val"]
+    sizes = [s if isinstance(s, int) or s.node.maybe_as_int() is None else int(s) for s in value.shape]
+    with value.fake_mode:
+        node.meta["val"] = torch.empty(sizes, dtype=value.dtype, device=value.device)
 
 
 def _open_dimensions(node: fx.Node) -> dict[int, str]:

@@ -250,7 +250,7 @@ def _plots(report: Report) -> Markup:
     figures = [_comparison(report), _steps(report)]
     if report.fidelity is not None and report.fidelity.sites:
         figures += _site_errors(report.fidelity.sites)
-    if report.compiled.tokens != report.original.tokens:
+    if report.compiled.tokens and report.compiled.tokens != report.original.tokens:
         figures.append(_tokens(report.original.tokens, report.compiled.tokens))
     return tag("section", *figures, class_="plots")
 

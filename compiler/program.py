@@ -70,7 +70,7 @@ class Interface:
                 where="calling the compiled model",
                 fix="call it as the original was called when it was captured",
             )
-        given = dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
+        given = self._constants() | dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
         missing = [n for n in (*captured_args, *captured_kwargs) if n not in given]
         extra = [n for n, v in given.items() if n not in captured_args and n not in captured_kwargs and v is not None]
         if missing or extra:
@@ -81,6 +81,16 @@ class Interface:
                 "capture a different call",
             )
         return tuple(given[n] for n in captured_args), {n: given[n] for n in captured_kwargs}
+
+    def _constants(self) -> dict[str, Any]:
+        """The arguments that hold no tensor, by name: a call may leave them out."""
+        args, kwargs = pytree.tree_unflatten(list(range(len(self.leaves))), self.in_spec)
+        places = dict(zip(self._captured_names()[0], args, strict=True)) | kwargs
+        return {
+            name: pytree.tree_map(lambda i: self.leaves[i][1], place)
+            for name, place in places.items()
+            if all(self.leaves[i][0] == "constant" for i in pytree.tree_leaves(place))
+        }
 
     def _captured_names(self) -> tuple[list[str], list[str]]:
         args_spec, kwargs_spec = self.in_spec.children()

@@ -153,7 +153,11 @@ class Quantize(SitePass):
         try:
             encoding.check(program.weight_value(site.weight))
         except ParetocError as error:
-            raise OptionError(error.what, where=f"pass 'quantize', site {site.describe()}", fix=error.fix) from error
+            raise OptionError(
+                error.what,
+                where=f"pass 'quantize', site {site.describe()}",
+                fix=f"{error.fix}, or leave it out with ignore={site.path} (another quantize may follow for it)",
+            ) from error
         return encoding
 
     def _quantize_inputs(self, program: Program, sites: list[Site], ctx: Context) -> None:

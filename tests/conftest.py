@@ -1,4 +1,4 @@
-"""Fixtures for every test: fixed seeds, small models, captures that are made once, compilation for the reference."""
+"""Fixtures for every test: seeds, small models, captures made once, compilation for the reference backend."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import paretoc as pc
 import pytest
 import torch
-
-import paretoc as pc
 from paretoc.compiler.canonical import canonicalize
 from paretoc.compiler.errors import ParetocError
 
@@ -61,10 +60,9 @@ def reference() -> Callable[..., Any]:
     return compiled
 
 
-
 @pytest.fixture(scope="session")
 def captured() -> Callable[..., tuple[torch.nn.Module, Any]]:
-    """`captured(name, **options)` → (model, a fresh copy of its canonical program); each is captured once a session."""
+    """`captured(name, **options)` → (model, a copy of its canonical program); captured once a session."""
     made: dict[str, tuple[torch.nn.Module, Any]] = {}
 
     def get(name: str, **options: Any) -> tuple[torch.nn.Module, Any]:
@@ -84,7 +82,7 @@ def captured() -> Callable[..., tuple[torch.nn.Module, Any]]:
 
 @pytest.fixture(scope="session")
 def refused() -> Callable[..., ParetocError]:
-    """`refused(kind, sentence, call)`: the call raises exactly this kind of error, with this sentence, in three lines."""
+    """`refused(kind, sentence, call)`: it raises exactly this kind, with this sentence, in three lines."""
 
     def check(kind: type[ParetocError], sentence: str, call: Callable[[], Any]) -> ParetocError:
         with pytest.raises(ParetocError) as caught:

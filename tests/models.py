@@ -1,4 +1,4 @@
-"""Small models with random weights, one for each shape of graph the tests need. Reached through the fixture `models`."""
+"""Small models with random weights, one for each shape of graph. Reached through the fixture `models`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Mlp(nn.Module):
 
 
 class Cnn(nn.Module):
-    """Convolution and depthwise convolution, each with a batch norm, and a linear head with a 2-D batch norm."""
+    """A convolution and a depthwise one, each with a batch norm; a linear head with a batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,9 @@ class Block(nn.Module):
 class Vit(nn.Module):
     """A pre-norm vision transformer over `[B, T, 12]` patches. `pool`: "mean" (no class token) or "class"."""
 
-    def __init__(self, tokens: int = 16, width: int = 16, heads: int = 2, depth: int = 3, pool: str = "mean") -> None:
+    def __init__(
+        self, tokens: int = 16, width: int = 16, heads: int = 2, depth: int = 3, pool: str = "mean"
+    ) -> None:
         super().__init__()
         self.pool = pool
         self.embed = nn.Linear(12, width)
@@ -138,7 +140,7 @@ def hugging_face(name: str, **options: Any) -> nn.Module:
     """A transformers model by class name, in a small random configuration."""
     import transformers
 
-    family = name.removesuffix("Teacher").removesuffix("With").split("For")[0].removesuffix("Model")
+    family = name.split("For")[0].removesuffix("LMHeadModel").removesuffix("Model")
     base = _TEXT if family == "Bert" else _VISION if family in ("ViT", "DeiT") else {}
     config = getattr(transformers, f"{family}Config")(**(base | options))
     return getattr(transformers, name)(config).eval()

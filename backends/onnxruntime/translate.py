@@ -103,6 +103,16 @@ def _keep_tokens(x: Tensor, scores: Tensor, keep: int, protected: int, fuse: boo
     return torch.cat(parts, dim=1)
 
 
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *rest: Any, **options: Any
+) -> Tensor:
+    """ONNX Runtime's Attention wants a row of the mask for every query, even when all rows are equal."""
+    mask = options.pop("attn_mask", mask)
+    if mask is not None and mask.shape[-2] == 1:
+        mask = mask.expand(*mask.shape[:-2], query.shape[-2], mask.shape[-1])
+    return aten.scaled_dot_product_attention.default(query, key, value, mask, *rest, **options)  # type: ignore[no-any-return]
+
+
 #: our translation table: operator of the program → function that emits its ONNX form
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.linear.default: _linear,
@@ -118,9 +128,10 @@ TABLE: dict[Any, Callable[..., Any]] = {
 def translate(program: Program, opset: int) -> ir.Model:
     """The program as an ONNX IR model of the given opset, inputs and outputs under readable names."""
     program = program.clone()
+    table = TABLE | ({aten.scaled_dot_product_attention.default: _attention} if opset >= 23 else {})
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in TABLE:
-            node.target = TABLE[node.target]
+        if node.op == "call_function" and node.target in table:
+            node.target = table[node.target]
     program.module.recompile()
     axes = tuple({axis: Dim.AUTO for axis in opened} for opened in program.dynamic)
     names = program.interface.output_names()

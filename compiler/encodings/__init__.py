@@ -23,3 +23,7 @@ __all__ = [
 def paretoc_encodings() -> list[type[Encoding]]:
     """The built-in encodings, registered through the same hook as everyone else's."""
     return [Dense, Affine, NM]
+
+
+for _cls in paretoc_encodings():
+    register_encoding(_cls)

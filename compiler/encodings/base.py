@@ -90,8 +90,16 @@ def parse_encoding(text: str) -> Encoding:
     return encoding
 
 
+def _load_plugins() -> None:
+    from ..registry import registry  # which imports this module
+
+    registry()
+
+
 def _build(tree: ast.expr, text: str) -> Any:
     if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name):
+        if tree.func.id not in _ENCODINGS:
+            _load_plugins()
         cls = _ENCODINGS.get(tree.func.id)
         if cls is None:
             raise OptionError(
