@@ -57,11 +57,7 @@ def save_artifact(
     directory: str | os.PathLike[str], executable: Executable, program: Program, facts: dict[str, Any], report: Report
 ) -> None:
     """Write an artifact. The directory appears complete or not at all; an existing artifact is replaced."""
-    target = Path(directory)
-    if target.exists() and not (target / MANIFEST).exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ArtifactError(
-            f"{str(target)!r} exists and is not an artifact", where="save", fix="choose an empty or new directory"
-        )
+    target = check_output(directory)
     with _staging(target) as stage:
         settings = executable.save(stage)
         report.to_html(stage / "report.html")
@@ -77,6 +73,19 @@ def save_artifact(
         if target.exists():
             shutil.rmtree(target)
         os.replace(stage, target)
+
+
+def check_output(directory: str | os.PathLike[str]) -> Path:
+    """Refuse, before any work is done, a directory that `save` could not or should not write."""
+    target = Path(directory)
+    if target.exists() and not (target / MANIFEST).exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ArtifactError(
+            f"{str(target)!r} exists and is not an artifact", where="save", fix="choose an empty or new directory"
+        )
+    parent = next(p for p in target.absolute().parents if p.exists())
+    if not os.access(parent, os.W_OK) or not parent.is_dir():
+        raise ArtifactError(f"cannot write to {str(parent)!r}", where="save", fix="choose a writable directory")
+    return target
 
 
 @contextmanager
@@ -241,4 +250,4 @@ pytree.register_pytree_node(
     serialized_type_name="paretoc.Output",
 )
 
-__all__ = ["LoadedModel", "export_file", "load", "save_artifact"]
+__all__ = ["LoadedModel", "check_output", "export_file", "load", "save_artifact"]

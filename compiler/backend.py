@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from .program import Program
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,14 @@ class Explanation:
     rows: list[Row] = field(default_factory=list)
 
     def __str__(self) -> str:
-        from .report import explanation_text
+        from .report import explanation_table, render
 
-        return explanation_text(self)
+        return render(explanation_table(self))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from .report import explanation_table
+
+        yield explanation_table(self)
 
     def to_dict(self) -> dict[str, Any]:
         return {"target": self.target, "rows": [vars(row) for row in self.rows]}

@@ -50,6 +50,7 @@ def canonicalize(program: Program) -> dict[str, int]:
     counts = {
         "assertions": _remove_assertions(program.graph),
         "copies": _remove_copies(program.graph),
+        "matrix_products": products_to_linear(program),
         "batch_norms": fold_batch_norms(program),
         "constants": fold_constants(program),
         "masks": _remove_open_masks(program),
@@ -132,6 +133,29 @@ def _uniform(program: Program, value: Any) -> Any:
         return None
     first = tensor.reshape(-1)[0]
     return first.item() if bool((tensor == first).all()) else None
+
+
+def products_to_linear(program: Program) -> int:
+    """x·W and b + x·W with a stored `W [I, O]` become linear(x, Wᵀ, b), so that one kind of site covers them all."""
+    count = 0
+    for node in program.calls(aten.addmm.default, aten.mm.default, aten.matmul.default):
+        bias, x, weight = node.args[:3] if node.target is aten.addmm.default else (None, *node.args[:2])
+        stored = isinstance(weight, fx.Node) and weight.op == "get_attr" and len(weight.users) == 1
+        if not stored or weight.meta["val"].ndim != 2 or x.meta["val"].ndim < 2 or node.kwargs:
+            continue
+        if isinstance(bias, fx.Node) and bias.meta["val"].ndim != 1:
+            continue
+        with program.graph.inserting_before(node):
+            name = str(weight.target)
+            value = program.get(name).detach().T.contiguous()
+            linear = program.graph.call_function(aten.linear.default, (x, weight, bias))
+        program.set(name, value)
+        weight.meta["val"] = program.fake(value)
+        linear.meta = dict(node.meta)
+        node.replace_all_uses_with(linear)
+        program.graph.erase_node(node)
+        count += 1
+    return count
 
 
 def fold_batch_norms(program: Program) -> int:

@@ -157,8 +157,11 @@ def _disable_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     config = getattr(model, "config", None)
     if not getattr(config, "use_cache", False) or "use_cache" in kwargs:
         return
-    with torch.no_grad():
-        leaves = pytree.tree_leaves(model(*args, **kwargs))
+    try:
+        with torch.no_grad():
+            leaves = pytree.tree_leaves(model(*args, **kwargs))
+    except Exception:
+        return  # the export that follows fails on the same call and says where
     if not all(leaf is None or isinstance(leaf, (Tensor, int, float)) for leaf in leaves):
         kwargs["use_cache"] = False
         notes.append("captured with use_cache=False: the key-value cache is not part of the outputs")

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.debug:
                 raise
             # built anew: torch.fx adds lines of its own to the message of whatever passes through it
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {type(error)(error.what, where=error.where, fix=error.fix)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return 130
@@ -151,8 +151,10 @@ def _positive(text: str) -> int:
 
 
 def _compile(arguments: argparse.Namespace) -> None:
+    from .artifact import check_output
     from .report import quantity
 
+    check_output(arguments.output)
     compiled = _compiled(arguments)
     # saved before latencies are measured: the same call gives the same bytes
     compiled.save(arguments.output)
@@ -268,24 +270,16 @@ def _example(source: Source, name: str, *, has_data: bool) -> Any:
 
 def _contenders(compiled: CompiledModel) -> tuple[Calls, dict[str, Tensor]]:
     """What `bench` times, and the inputs it is timed with."""
-    import torch
-
-    from .registry import registry
+    from .report import contenders
 
     done = compiled._compiled()
-    inputs = done.original.example
-    original = registry().backend(done.options.target).lower(done.original, {"seed": done.options.seed})
-
-    def eager() -> None:
-        with torch.inference_mode():
-            done.original.module(*inputs)
-
-    calls: Calls = {
-        "PyTorch eager": eager,
-        "uncompressed": lambda: original.run(inputs),
-        "compiled": lambda: done.executable.run(inputs),
+    calls = contenders(done)
+    named: Calls = {
+        "PyTorch eager": calls["pytorch"],
+        "uncompressed": calls["original"],
+        "compiled": calls["compiled"],
     }
-    return calls, dict(zip(done.program.interface.inputs, inputs, strict=True))
+    return named, dict(zip(done.program.interface.inputs, done.original.example, strict=True))
 
 
 def _artifact_call(artifact: LoadedModel, arguments: argparse.Namespace) -> tuple[Calls, dict[str, Tensor]]:
@@ -514,7 +508,7 @@ def _arrays(file: Path) -> dict[str, Tensor]:
 def _npz(file: Path) -> dict[str, Any]:
     import numpy
 
-    with numpy.load(file, allow_pickle=False) as arrays:
+    with file.open("rb") as stream, numpy.load(stream, allow_pickle=False) as arrays:
         return dict(arrays)
 
 

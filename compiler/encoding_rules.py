@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from . import dialect  # noqa: F401  # registers the paretoc:: operators
+from .capture import capture
 from .conformance import require, require_frozen, same
 from .dialect.weights import reference_decode
 from .encodings import Arrays, Encoding, parse_encoding, registered_encodings
 from .errors import ConformanceError, OptionError
+from .program import Program
 from .registry import registry
+from .sites import weight_sites
 
 Shape = tuple[int, ...]
 
@@ -87,7 +91,7 @@ class Stored:
 
     @cached_property
     def decoded(self) -> Tensor:
-        return self.encoding.decode(dict(self.arrays), self.shape)
+        return self.encoding.decode({name: array.clone() for name, array in self.arrays.items()}, self.shape)
 
     def operator(self, dtype: torch.dtype) -> Tensor:
         """What a graph that holds this weight computes."""
@@ -96,7 +100,7 @@ class Stored:
         return result
 
 
-# -- of the encoding itself ----------------------------------------------------------------------------------
+# -- of the encoding itself ---------------------------------------------------------------------------------
 
 
 def encoding_is_frozen(encoding: Encoding) -> None:
@@ -125,7 +129,7 @@ def encoding_text_reads_back(encoding: Encoding) -> None:
     )
 
 
-# -- of every weight -----------------------------------------------------------------------------------------
+# -- of every weight ----------------------------------------------------------------------------------------
 
 
 def arrays_have_the_layout(stored: Stored) -> None:
@@ -268,7 +272,7 @@ def operator_equals_decode(stored: Stored) -> None:
         )
 
 
-# -- of every shape ------------------------------------------------------------------------------------------
+# -- of every shape -----------------------------------------------------------------------------------------
 
 
 def shape_rule_agrees(stored: Stored) -> None:
@@ -300,6 +304,41 @@ def decode_can_be_traced(stored: Stored) -> None:
     )
 
 
+# -- of every target ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A linear layer whose weight is stored under an encoding, and a target that shall run it."""
+
+    encoding: Encoding
+    shape: Shape
+    seed: int
+    target: str
+
+    def program(self) -> Program:
+        weight = weights((self.shape[0], prod(self.shape[1:])), self.seed)["normal"]
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        layer.weight = nn.Parameter(weight)
+        program = capture(layer, weight[:2].clone())
+        program.encode(weight_sites(program)[0].weight, self.encoding, self.encoding.encode(weight))
+        program.refresh()
+        return program
+
+
+def target_runs_it(lowered: Lowered) -> None:
+    """The target's layer equals the reference up to float32 sums: |y − ŷ| ≤ 1e-5 · max|y|."""
+    program = lowered.program()
+    executable = registry().backend(lowered.target).lower(program, {"seed": lowered.seed})
+    expected, found = program.run(program.example)[0], executable.run(program.example)[0]
+    error = _moved(expected, found)
+    require(
+        error <= 1e-5,
+        f"the outputs differ by {error:.3g} of the largest",
+        "write decode in operators that the target has; its trace is what the target runs",
+    )
+
+
 ENCODING_RULES: tuple[Callable[[Encoding], None], ...] = (
     encoding_is_frozen,
     encoding_is_registered,
@@ -319,3 +358,5 @@ TENSOR_RULES: tuple[Callable[[Stored], None], ...] = (
 )
 #: run on the ordinary weights of every shape
 TRACE_RULES: tuple[Callable[[Stored], None], ...] = (shape_rule_agrees, decode_can_be_traced)
+#: run for every target that is asked for
+TARGET_RULES: tuple[Callable[[Lowered], None], ...] = (target_runs_it,)

@@ -176,14 +176,16 @@ def _latency(report: Report) -> Markup:
     for key, name in _contenders(report):
         timed = report.latency[key]
         rows.append((name, f"{timed.median:.2f}", f"{timed.minimum:.2f}", timed.runs))
-    text = "Milliseconds of one call at the example inputs, the contenders interleaved in one run."
+    text = (
+        f"One call at the example inputs, interleaved in one run; original and compiled on {report.target}."
+    )
     headings = ("contender", "median, ms", "minimum, ms", "runs")
     return _section("Latency", tag("p", text), _table(headings, rows))
 
 
 def _contenders(report: Report) -> list[tuple[str, str]]:
     """Key in `report.latency` and name for the reader."""
-    names = {"pytorch": "PyTorch eager", "original": f"original, {report.target}", "compiled": "compiled"}
+    names = {"pytorch": "PyTorch eager", "original": "original", "compiled": "compiled"}
     return [(key, name) for key, name in names.items() if key in report.latency]
 
 
@@ -296,7 +298,7 @@ def _steps(report: Report) -> Markup:
     shapes, points = [], []
     for index, entry in enumerate(report.passes):
         y = 58.0 * index
-        shapes.append(_text(0, y + 12, _shorten(entry["text"], 62), "strong"))
+        shapes.append(_text(0, y + 12, _shorten(entry["text"], 54), "strong"))
         for size, style in ((sizes[index], "was"), (sizes[index + 1], "now")):
             length = _share(size, max(sizes)) * 180
             shapes.append(_rect(0, y + 19, length, 14, style, quantity(size, "B")))
@@ -333,7 +335,7 @@ def _named_sites(caption: str, sites: Sequence[tuple[str, float]]) -> Markup:
     shapes = []
     for index, (path, error) in enumerate(sites):
         y, length = 32.0 * index, _share(error, longest) * (_WIDTH - 70)
-        shapes += [_text(0, y + 11, _shorten(path, 62)), _rect(0, y + 16, length, 8, "error", path)]
+        shapes += [_text(0, y + 11, _shorten(path, 54)), _rect(0, y + 16, length, 8, "error", path)]
         shapes.append(_text(length + 6, y + 24, _percent(error)))
     return _plot(caption, 32.0 * len(sites), shapes)
 
@@ -415,15 +417,15 @@ code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere; }
 .cards { display: grid; grid-template-columns: repeat(2, 1fr); gap: .75rem; }
 @media (min-width: 40rem) { .cards { grid-template-columns: repeat(3, 1fr); } }
 .card, figure, .scroll { background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
-.card { padding: .7rem .9rem; font-size: .85rem; color: var(--quiet); overflow-wrap: anywhere; }
+.card { padding: .7rem; font-size: .85rem; color: var(--quiet); overflow-wrap: anywhere; }
 .card .figure { color: var(--now); }
 .card b { font-size: 1.5rem; }
 .worse, .card .worse { color: var(--error); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .75rem;
   margin-top: .75rem; align-items: start; }
-figure { margin: 0; padding: .8rem .9rem; }
+figure { margin: 0; padding: .8rem .7rem; }
 figcaption { font-weight: 600; margin-bottom: .6rem; }
-svg { display: block; width: 100%; height: auto; font-size: 11.5px; font-variant-numeric: tabular-nums; }
+svg { display: block; width: 100%; height: auto; font-size: 13px; font-variant-numeric: tabular-nums; }
 svg text { fill: var(--quiet); }
 svg .strong { fill: var(--ink); }
 svg .end { text-anchor: end; }

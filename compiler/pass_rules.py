@@ -29,7 +29,7 @@ def described(transform: Pass) -> str:
     return f"pass {getattr(transform, 'name', '') or type(transform).__name__!r}"
 
 
-# -- of the object itself ------------------------------------------------------------------------------------
+# -- of the object itself -----------------------------------------------------------------------------------
 
 
 def pass_is_frozen(transform: Pass) -> None:
@@ -100,7 +100,7 @@ def pass_refuses_unknown_options(transform: Pass) -> None:
     )
 
 
-# -- the default models --------------------------------------------------------------------------------------
+# -- the default models -------------------------------------------------------------------------------------
 
 
 class Perceptron(nn.Module):
@@ -161,7 +161,7 @@ def default_models() -> list[tuple[str, nn.Module, Any]]:
     return [(type(model).__name__, model, example) for model, example in models]
 
 
-# -- of a pass on a model ------------------------------------------------------------------------------------
+# -- of a pass on a model -----------------------------------------------------------------------------------
 
 
 class Trial:
@@ -305,12 +305,12 @@ def targets_are_respected(trial: Trial) -> None:
 
 def graph_is_tidy(trial: Trial) -> None:
     """No node and no stored tensor without a reader: the size in the report is the size of the model."""
-    program, fix = trial.after.clone(), "end apply with program.refresh()"
+    program, fix = trial.after, "end apply with program.refresh()"
     read = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
     stored = [*program.module.named_parameters(), *program.module.named_buffers()]
     dead = [name for name, _ in stored if name not in read]
     require(not dead, f"nothing reads the stored tensor {''.join(dead[:1])!r}", fix)
-    require(not program.graph.eliminate_dead_code(), "the graph holds nodes that nothing reads", fix)
+    require(not program.clone().graph.eliminate_dead_code(), "the graph holds nodes that nothing reads", fix)
 
 
 def shapes_are_true(trial: Trial) -> None:

@@ -320,6 +320,21 @@ class Program:
         return decode
 
 
+def _recurrent_shape(x: Tensor, state: Any, parameters: Any, *options: Any) -> tuple[Tensor, ...]:
+    """lstm, gru: (x `[B, T, I]` or `[T, B, I]`, initial state(s) `[L·D, B, H]`, …) → (output, final state(s))."""
+    states = (state,) if isinstance(state, Tensor) else tuple(state)
+    bidirectional = options[4]
+    width = parameters[1].shape[1] * (2 if bidirectional else 1)
+    return (x.new_empty(*x.shape[:-1], width), *(torch.empty_like(s) for s in states))
+
+
+#: shape rules for operators whose own fail on symbolic sizes
+_SHAPE_RULES: dict[Any, Any] = {
+    torch.ops.aten.lstm.input: _recurrent_shape,
+    torch.ops.aten.gru.input: _recurrent_shape,
+}
+
+
 class _ShapePropagation(fx.Interpreter):
     """Runs every node on fake tensors and stores what comes out as its `meta["val"]`."""
 
@@ -342,6 +357,10 @@ class _ShapePropagation(fx.Interpreter):
             ) from error
         n.meta["val"] = result
         return result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        rule = _SHAPE_RULES.get(target)
+        return super().call_function(target, args, kwargs) if rule is None else rule(*args, **kwargs)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)

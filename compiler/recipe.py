@@ -18,18 +18,15 @@ PassLike = Pass | str | Mapping[str, Any]
 
 def parse_passes(passes: PassLike | Sequence[PassLike] | os.PathLike[str]) -> list[Pass]:
     """Everything `passes=` accepts → pass objects, in the order written."""
-    if isinstance(passes, os.PathLike):
-        return _recipe(Path(passes))
-    if isinstance(passes, (Pass, str, Mapping)):
-        passes = [passes]
-    return [built for item in passes for built in _parse(item)]
+    items = passes if isinstance(passes, Sequence) and not isinstance(passes, str) else [passes]
+    return [built for item in items for built in _parse(item, ())]
 
 
-def _parse(item: Any) -> list[Pass]:
+def _parse(item: Any, including: tuple[Path, ...]) -> list[Pass]:
     if isinstance(item, Pass):
         return [item]
     if isinstance(item, os.PathLike) or (isinstance(item, str) and item.endswith((".yaml", ".yml"))):
-        return _recipe(Path(item))
+        return _recipe(Path(item).resolve(), including)
     if isinstance(item, str):
         return [_text(item)]
     if isinstance(item, Mapping):
@@ -43,10 +40,12 @@ def _parse(item: Any) -> list[Pass]:
     )
 
 
-def _recipe(path: Path) -> list[Pass]:
+def _recipe(path: Path, including: tuple[Path, ...]) -> list[Pass]:
+    if path in including:
+        raise OptionError(f"the recipe {str(path)!r} includes itself", where="passes=", fix="take that line out")
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(
             f"the recipe {str(path)!r} cannot be read: {str(error).splitlines()[0]}",
             where="passes=",
@@ -56,7 +55,7 @@ def _recipe(path: Path) -> list[Pass]:
         raise OptionError(
             f"the recipe {str(path)!r} is not a list", where="passes=", fix="write one '- name: {option: value}' a pass"
         )
-    return parse_passes(content)
+    return [built for item in content for built in _parse(item, (*including, path))]
 
 
 def _named(name: str, options: Any) -> Pass:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
@@ -63,13 +63,12 @@ class Report:
         }
 
     def __str__(self) -> str:
-        return render(self._print)
+        return render(self)
 
-    def _print(self, console: Console) -> None:
-        console.print(self._summary())
-        console.print(self._pass_table())
-        for note in self.notes:
-            console.print(f"note: {escape(note)}")
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._summary()
+        yield self._pass_table()
+        yield from (f"note: {escape(note)}" for note in self.notes)
 
     def _summary(self) -> Table:
         table = Table(title=f"compiled for {self.target}", title_justify="left")
@@ -131,7 +130,7 @@ def build_report(done: Compilation, *, latency: bool) -> Report:
         compiled=costs.cost(done.program),
         fidelity=done.fidelity,
         passes=[_entry(record) for record in done.records],
-        latency=_latency(done) if latency else {},
+        latency=costs.measure(contenders(done)) if latency else {},
         metric=metric,
         notes=done.program.notes,
     )
@@ -145,7 +144,8 @@ def _caller(program: Any, run: Callable[[Any], Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: program.interface.unflatten(run(program.interface.flatten(args, kwargs)))
 
 
-def _latency(done: Compilation) -> dict[str, costs.Latency]:
+def contenders(done: Compilation) -> dict[str, Callable[[], object]]:
+    """The three programs that are timed against each other, each as a call on the example inputs."""
     inputs = done.original.example
     original = _original_executable(done)
 
@@ -153,13 +153,11 @@ def _latency(done: Compilation) -> dict[str, costs.Latency]:
         with torch.inference_mode():
             done.original.module(*inputs)
 
-    return costs.measure(
-        {
-            "compiled": lambda: done.executable.run(inputs),
-            "original": lambda: original.run(inputs),
-            "pytorch": eager,
-        }
-    )
+    return {
+        "compiled": lambda: done.executable.run(inputs),
+        "original": lambda: original.run(inputs),
+        "pytorch": eager,
+    }
 
 
 def _entry(record: Any) -> dict[str, Any]:
@@ -178,27 +176,22 @@ def _entry(record: Any) -> dict[str, Any]:
     }
 
 
-def explanation_text(explanation: Explanation) -> str:
-    """`explain()` as a table, sites with the same treatment in a row of their own."""
-
-    def show(console: Console) -> None:
-        table = Table(title=f"what runs on {explanation.target}", title_justify="left")
-        for column in ("site", "encoding", "kernel", "fast", "ms", "note"):
-            table.add_column(column, overflow="fold")
-        for row in explanation.rows:
-            milliseconds = "" if row.milliseconds is None else f"{row.milliseconds:.3f}"
-            fast = "yes" if row.accelerated else "no"
-            table.add_row(*map(escape, (row.site, row.encoding, row.kernel, fast, milliseconds, row.note)))
-        console.print(table)
-
-    return render(show)
+def explanation_table(explanation: Explanation) -> Table:
+    """`explain()` as a table, a row per site."""
+    table = Table(title=f"what runs on {explanation.target}", title_justify="left")
+    for column in ("site", "encoding", "kernel", "fast", "ms", "note"):
+        table.add_column(column, overflow="fold")
+    for row in explanation.rows:
+        milliseconds = "" if row.milliseconds is None else f"{row.milliseconds:.3f}"
+        fast = "yes" if row.accelerated else "no"
+        table.add_row(*map(escape, (row.site, row.encoding, row.kernel, fast, milliseconds, row.note)))
+    return table
 
 
-def render(show: Callable[[Console], None]) -> str:
-    """Rich output as plain text of the terminal's width (120 when piped)."""
-    width = max(Console().width, 100) if Console().is_terminal else 120
+def render(content: RenderableType, width: int = 120) -> str:
+    """Rich content as plain text."""
     buffer = io.StringIO()
-    show(Console(file=buffer, width=width, no_color=True))
+    Console(file=buffer, width=width, no_color=True).print(content)
     return buffer.getvalue().rstrip()
 
 

@@ -17,8 +17,10 @@ from .encoding_rules import (
     ENCODING_RULES,
     IDEMPOTENT,
     SHAPES,
+    TARGET_RULES,
     TENSOR_RULES,
     TRACE_RULES,
+    Lowered,
     Shape,
     Stored,
     accepts,
@@ -38,12 +40,14 @@ def check_encoding(
     shapes: Sequence[Shape] = SHAPES,
     seed: int = 0,
     idempotent: float | None = IDEMPOTENT,
+    targets: Sequence[str] = (),
 ) -> None:
     """Raise ConformanceError when an encoding breaks a rule.
 
     `shapes` that `layout` refuses with OptionError are left out, and so are weights that `check` refuses; at
     least one shape must remain. `idempotent=None` waives the rule `encode_is_idempotent` for an encoding that
-    finds its values by an iterative search.
+    finds its values by an iterative search. On each of `targets`, such as "onnx", a linear layer of the first
+    accepted shape is run too.
     """
     run(ENCODING_RULES, encoding, str(encoding))
     accepted = [shape for shape in shapes if accepts(encoding, shape)]
@@ -59,6 +63,11 @@ def check_encoding(
             if stored.accepted:
                 rules = (*TENSOR_RULES, *TRACE_RULES) if kind == "normal" else TENSOR_RULES
                 run(rules, stored, f"{encoding}, {kind} weights of shape {list(shape)}")
+    for target in targets:
+        layer = Lowered(encoding, accepted[0], seed, target)
+        run(
+            TARGET_RULES, layer, f"{encoding}, a linear layer of shape {list(accepted[0])}, target {target!r}"
+        )
 
 
 def check_pass(

@@ -7,7 +7,7 @@ layer removes a fixed number, so batches, exports and kernels stay regular.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import ClassVar
 
@@ -111,7 +111,7 @@ class MergeTokens(ReduceTokens):
     name: ClassVar[str] = "merge_tokens"
     positional: ClassVar[str | None] = "r"
 
-    rule: str = "merge"
+    rule: str = field(default="merge", kw_only=True)
     r: int | tuple[int, ...] | None = 8
 
 
@@ -122,7 +122,8 @@ class PruneTokens(ReduceTokens):
     name: ClassVar[str] = "prune_tokens"
     positional: ClassVar[str | None] = "keep"
 
-    rule: str = "keep"
+    rule: str = field(default="keep", kw_only=True)
+    r: int | tuple[int, ...] | None = field(default=None, kw_only=True)
     keep: float | None = 0.7
     fuse: bool = False
 

@@ -168,6 +168,7 @@ class OnnxExecutable:
             raise ArtifactError("this model was loaded", where="save", fix="copy the artifact's directory instead")
         stored = {n: v for n, v in self.model.graph.initializers.items() if _nbytes(v) >= _EXTERNAL_BYTES}
         save_file({n: _raw(v) for n, v in sorted(stored.items())}, directory / WEIGHTS)
+        (directory / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner only
         offsets = _offsets(directory / WEIGHTS)
         kept = {n: v.const_value for n, v in stored.items()}
         try:

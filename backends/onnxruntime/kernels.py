@@ -45,7 +45,7 @@ def explain_session(
         for _ in range(_PROFILE_RUNS):
             session.run(None, dict(feeds))
         times = _node_times(Path(session.end_profiling()))
-        graph = onnx.load(options.optimized_model_filepath).graph
+        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
     nodes = _by_site(graph, [path for path, _, _ in settings["sites"]])
     return [_row(path, encoding, kind, nodes.get(path), times) for path, encoding, kind in settings["sites"] if kind != "norm"]
 
@@ -104,4 +104,6 @@ def _describe(node: onnx.NodeProto, encoding: str, kind: str) -> tuple[str, bool
         return f"{node.op_type} of {'codes' if encoding != 'dense' else 'float rows'}", encoding != "dense", ""
     kernel = _FLOATING.get(node.op_type, node.op_type)
     note = "" if encoding == "dense" else "not accelerated: the weight is decoded to floating point"
+    if encoding.startswith("NM(") and "Dense(" in encoding:
+        note = "not accelerated: ONNX Runtime has no n:m kernel, the zeros are stored and multiplied"
     return kernel, False, note

@@ -44,6 +44,7 @@ class Lowering:
         """Lower every opaque node, consumers of weights first, then what is left of weights and quantisers."""
         rules = {"Linear": self._linear, "Decode": self._decode}
         rules |= {"StaticQuantize": self._static, "DynamicQuantize": self._dynamic}
+        rules |= {"GroupedMatMul": self._grouped_matmul}
         for node in list(self.model.graph):
             if node.domain == "paretoc" and node.op_type == "Linear":
                 self._linear(node)
@@ -69,7 +70,7 @@ class Lowering:
         graph = self.model.graph
         if name in graph.initializers:
             return graph.initializers[name]
-        tensor = ir.Tensor(np.ascontiguousarray(value), dtype=dtype, name=name)
+        tensor = ir.Tensor(np.array(value, order="C"), dtype=dtype, name=name)
         graph.initializers[name] = made = ir.Value(
             name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
         )
@@ -274,10 +275,28 @@ class Lowering:
         product = self.emit(node, "Mul", [product, self.emit(node, "Mul", [a_scale, scale_value])])
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None:
-            assert bias.const_value is not None
-            shaped = self.constant(f"{bias.name}.channels", bias.const_value.numpy().reshape(channel))
+            target = self.constant(f"channels.{rank}d", np.array([1, -1, *[1] * (rank - 2)], dtype=np.int64))
+            shaped = self.emit(node, "Reshape", [bias, target])
             product = self.emit(node, "Add", [product, shaped])
         self.replace(node, product)
+
+    def _grouped_matmul(self, node: ir.Node) -> None:
+        """Experts one after the other: each multiplies its own rows, and the results stand in the same order."""
+        x, weight, ends = node.inputs
+        assert x is not None and weight is not None and weight.shape is not None
+        experts = int(weight.shape[0])  # type: ignore[arg-type]  # a stored tensor
+        one, axis = np.array([1], dtype=np.int64), self.constant("axes.first", np.array([0], dtype=np.int64))
+        ends = self.emit(node, "Cast", [ends], {"to": int(ir.DataType.INT64)})
+        bounds = [axis, *(self.emit(node, "Slice", [ends, self.constant(f"expert.{e}", one * e),
+                                                    self.constant(f"expert.{e + 1}", one * (e + 1))])
+                          for e in range(experts))]  # fmt: skip
+        parts = []
+        for expert in range(experts):
+            rows = self.emit(node, "Slice", [x, bounds[expert], bounds[expert + 1], axis])
+            index = self.constant(f"expert.index.{expert}", np.array(expert, dtype=np.int64))
+            matrix = self.emit(node, "Gather", [weight, index], {"axis": 0})
+            parts.append(self.emit(node, "MatMul", [rows, matrix]))
+        self.replace(node, self.emit(node, "Concat", parts, {"axis": 0}))
 
     # -- quantisers -------------------------------------------------------------------------------------------------
 

@@ -113,6 +113,14 @@ def _attention(
     return aten.scaled_dot_product_attention.default(query, key, value, mask, *rest, **options)  # type: ignore[no-any-return]
 
 
+def _grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x `[S, K]` sorted by expert, weight `[E, K, N]`, ends `[E]` the end of each expert's rows → `[S, N]`."""
+    shape = (x.shape[0], weight.shape[-1])
+    return symbolic("paretoc::GroupedMatMul", [x, weight, ends], dtype=x.dtype, shape=shape, version=1)
+
+
+#: operators that other libraries define, by name
+FOREIGN: dict[str, Callable[..., Any]] = {"transformers.grouped_mm_fallback.default": _grouped_matmul}
 #: our translation table: operator of the program → function that emits its ONNX form
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.linear.default: _linear,
@@ -130,8 +138,8 @@ def translate(program: Program, opset: int) -> ir.Model:
     program = program.clone()
     table = TABLE | ({aten.scaled_dot_product_attention.default: _attention} if opset >= 23 else {})
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in table:
-            node.target = table[node.target]
+        if node.op == "call_function":
+            node.target = table.get(node.target) or FOREIGN.get(str(node.target)) or node.target
     program.module.recompile()
     axes = tuple({axis: Dim.AUTO for axis in opened} for opened in program.dynamic)
     names = program.interface.output_names()

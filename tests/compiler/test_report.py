@@ -195,10 +195,8 @@ def test_names_are_text_never_markup() -> None:
 
 
 def test_attributes_and_children_are_escaped() -> None:
-    assert html.tag("p", "<", html.Markup("<b></b>"), title=HOSTILE, class_="a", stroke_width=1) == (
-        '<p title="&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;&amp;&#x27;x&#x27;" class="a" stroke-width="1">'
-        "&lt;<b></b></p>"
-    )
+    made = html.tag("p", "<", html.Markup("<b></b>"), title="\"<&'", class_="a", stroke_width=1)
+    assert made == '<p title="&quot;&lt;&amp;&#x27;" class="a" stroke-width="1">&lt;<b></b></p>'
 
 
 def test_an_unclosed_element_is_noticed() -> None:
@@ -324,7 +322,7 @@ def test_a_long_site_name_keeps_its_end() -> None:
     path = "encoder." * 12 + "query"
     svg = figures(html.page(report(fidelity=fidelity(sites={path: 0.1}))))["Relative error at 1 sites"]
     shown = next(text.text for text in svg.iter("text"))
-    assert shown is not None and len(shown) == 62 and shown.startswith("…") and path.endswith(shown[1:])
+    assert shown is not None and len(shown) == 54 and shown.startswith("…") and path.endswith(shown[1:])
     assert next(title.text for title in svg.iter("title")) == path
 
 

@@ -40,7 +40,7 @@ def squared_error(weight: torch.Tensor, bits: int, exponent: float) -> float:
     return float((round_trip(Power(bits, exponent), weight) - weight).double().square().mean())
 
 
-# -- the encoding ----------------------------------------------------------------------------------------------
+# -- the encoding -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_exponent_one_is_the_uniform_code(bits):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(2, 8), st.floats(0.1, 1.0), st.integers(-40, 40))
-def test_it_is_odd_and_scales_with_the_weight(bits, exponent, power):
-    weight, encoding = torch.randn(4, 9), Power(bits, exponent)
+@given(st.integers(2, 8), st.floats(0.1, 1.0), st.integers(-40, 40), st.integers(0, 99))
+def test_it_is_odd_and_scales_with_the_weight(bits, exponent, power, seed):
+    weight, encoding = torch.randn(4, 9, generator=torch.Generator().manual_seed(seed)), Power(bits, exponent)
     plain = round_trip(encoding, weight)
     assert torch.equal(round_trip(encoding, -weight), -plain)
     assert torch.equal(round_trip(encoding, weight * 2.0**power), plain * 2.0**power)
@@ -99,7 +99,7 @@ def test_bad_options_are_refused(refused, make, sentence):
     refused(pc.OptionError, sentence, make)
 
 
-# -- the search ------------------------------------------------------------------------------------------------
+# -- the search ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_network_of_zeros_has_an_exponent():
     assert 0.1 <= search_exponent([torch.zeros(3, 4)], bits=4) <= 1.0
 
 
-# -- the pass --------------------------------------------------------------------------------------------------
+# -- the pass -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_the_model_computes_with_the_decoded_weights(reference, models):
 def test_the_size_is_that_of_the_codes_and_scales(reference, models):
     compiled = reference(models.Mlp(16, 32, 8), ["powerquant:3"], torch.randn(2, 16))
     weights = 32 * 6 + 32 * 4 + 8 * 12 + 8 * 4
-    assert compiled.report(latency=False).to_dict()["size_bytes"]["compiled"] == weights + 4 * (32 + 8)
+    assert compiled.report(latency=False).compiled.bytes == weights + 4 * (32 + 8)
 
 
 def test_sparse_weights_keep_their_pattern(reference, models):
@@ -190,9 +190,7 @@ def test_a_weight_that_is_also_an_embedding_is_left(reference, models):
     compiled = reference(models.TiedLanguageModel(), ["powerquant"], ids)
     entry = compiled.report(latency=False).passes[-1]
     assert entry["matched"] == ["middle"]
-    assert entry["skipped"] == {"embedding": "its weight is also read by aten.embedding.default"} or entry[
-        "skipped"
-    ] == {"lm_head": "its weight is also read by aten.embedding.default"}
+    assert list(entry["skipped"].values()) == ["its weight is also read by aten.embedding.default"]
 
 
 def test_what_is_encoded_already_is_left_and_nothing_to_do_is_refused(reference, models, refused):
@@ -213,6 +211,6 @@ def test_onnx_runtime_equals_eager_and_keeps_the_codes(target, reference, models
     compiled = pc.compile(model, ["powerquant:bits=3"], example_inputs=x, target=target)
     torch.testing.assert_close(compiled(x), eager(x), rtol=1e-5, atol=1e-6)  # float32 sums
     compiled.export_onnx(tmp_path / "model.onnx")
-    stored = compiled.report(latency=False).to_dict()["size_bytes"]["compiled"]
+    stored = compiled.report(latency=False).compiled.bytes
     graph = 6000  # bytes of nodes and names
     assert (tmp_path / "model.onnx").stat().st_size < stored + graph < 4 * 2 * 64 * 128
