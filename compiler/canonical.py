@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .program import Program, shape_of
+from .program import Program, operands, shape_of
 from .sites import ADD, BATCH_NORM, CONV, SDPA
 
 aten = torch.ops.aten
@@ -85,7 +85,7 @@ def _remove_copies(graph: fx.Graph) -> int:
     def match(node: fx.Node) -> fx.Node | None:
         if node.op != "call_function" or node.target not in _COPIES:
             return None
-        source = node.args[0]
+        source = operands(node)[0]
         if not isinstance(source, fx.Node) or source.meta["val"].dtype != node.meta["val"].dtype:
             return None
         same = [str(s) for s in shape_of(source)] == [str(s) for s in shape_of(node)]
@@ -104,17 +104,17 @@ def _remove_open_masks(program: Program) -> int:
     """Drop boolean masks that are true everywhere and additive ones that are zero everywhere."""
 
     def match(node: fx.Node) -> fx.Node | None:
-        if node.target not in ADD or _uniform(program, node.args[1]) != 0:
+        if node.target not in ADD or _uniform(program, operands(node)[1]) != 0:
             return None
-        source = node.args[0]
+        source = operands(node)[0]
         same = isinstance(source, fx.Node) and [*map(str, shape_of(source))] == [*map(str, shape_of(node))]
-        return source if same and source.meta["val"].dtype == node.meta["val"].dtype else None  # type: ignore[union-attr]
+        return source if same and source.meta["val"].dtype == node.meta["val"].dtype else None
 
     count = _remove(program.graph, match)
     for node in program.calls(*SDPA):
-        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        mask = operands(node)[3] if len(operands(node)) > 3 else node.kwargs.get("attn_mask")
         if isinstance(mask, fx.Node) and _uniform(program, mask) == (mask.meta["val"].dtype == torch.bool):
-            node.args = (*node.args[:3], None, *node.args[4:])
+            node.args = (*operands(node)[:3], None, *operands(node)[4:])
             node.kwargs = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}
             count += 1
     return count
@@ -125,9 +125,9 @@ def _uniform(program: Program, value: Any) -> Any:
     if not isinstance(value, fx.Node):
         return value if isinstance(value, (bool, int, float)) else None
     if value.target in _SELECTIONS:
-        return _uniform(program, value.args[0])
-    if str(value.target).startswith("aten.where.") and (condition := _uniform(program, value.args[0])) is not None:
-        return _uniform(program, value.args[1 if condition else 2])
+        return _uniform(program, operands(value)[0])
+    if str(value.target).startswith("aten.where.") and (condition := _uniform(program, operands(value)[0])) is not None:
+        return _uniform(program, operands(value)[1 if condition else 2])
     tensor = _value(program, value)
     if tensor is None or isinstance(program.get(str(value.target)), torch.nn.Parameter) or tensor.numel() == 0:
         return None
@@ -139,7 +139,7 @@ def products_to_linear(program: Program) -> int:
     """x·W and b + x·W with a stored `W [I, O]` become linear(x, Wᵀ, b), so that one kind of site covers them all."""
     count = 0
     for node in program.calls(aten.addmm.default, aten.mm.default, aten.matmul.default):
-        bias, x, weight = node.args[:3] if node.target is aten.addmm.default else (None, *node.args[:2])
+        bias, x, weight = operands(node)[:3] if node.target is aten.addmm.default else (None, *operands(node)[:2])
         stored = isinstance(weight, fx.Node) and weight.op == "get_attr" and len(weight.users) == 1
         if not stored or weight.meta["val"].ndim != 2 or x.meta["val"].ndim < 2 or node.kwargs:
             continue
@@ -162,24 +162,25 @@ def fold_batch_norms(program: Program) -> int:
     """conv/linear → batch norm becomes conv/linear: W' = γ/σ·W, b' = (b − μ)·γ/σ + β (inference statistics)."""
     count = 0
     for norm in program.calls(*BATCH_NORM):
-        producer = norm.args[0]
+        producer = operands(norm)[0]
         if not _foldable(program, norm, producer):
             continue
         assert isinstance(producer, fx.Node)
-        weight, bias = producer.args[1], producer.args[2] if len(producer.args) > 2 else None
-        gamma, beta, mean, variance = (_value(program, a) for a in norm.args[1:5])
+        weight, bias = operands(producer)[1], operands(producer)[2] if len(operands(producer)) > 2 else None
+        gamma, beta, mean, variance = (_value(program, a) for a in operands(norm)[1:5])
         assert isinstance(mean, Tensor) and isinstance(variance, Tensor) and isinstance(weight, fx.Node)
-        eps = norm.args[7] if norm.target is aten.batch_norm.default else norm.args[6]
-        factor = torch.rsqrt(variance.double() + float(eps))  # type: ignore[arg-type]
+        eps = operands(norm)[7] if norm.target is aten.batch_norm.default else operands(norm)[6]
+        factor = torch.rsqrt(variance.double() + float(eps))
         factor = factor * gamma.double() if isinstance(gamma, Tensor) else factor
         old = program.weight_value(weight)
-        shift = (_value(program, bias).double() if isinstance(bias, fx.Node) else 0.0) - mean.double()  # type: ignore[union-attr]
+        own = _value(program, bias)
+        shift = (own.double() if own is not None else 0.0) - mean.double()
         shift = shift * factor + (beta.double() if isinstance(beta, Tensor) else 0.0)
         name = str(weight.target)
         program.set(name, (old.double() * factor.reshape(-1, *[1] * (old.ndim - 1))).to(old.dtype))
         bias_name = str(bias.target) if isinstance(bias, fx.Node) else f"{name.removesuffix('weight')}bias"
         new_bias = program.attribute(bias_name, shift.to(old.dtype), before=producer)
-        arguments = list(producer.args) + [None] * (3 - len(producer.args))
+        arguments = list(operands(producer)) + [None] * (3 - len(operands(producer)))
         producer.args = (*arguments[:2], new_bias, *arguments[3:])
         for user in list(norm.users):
             if user.target is operator.getitem:
@@ -199,12 +200,12 @@ def _foldable(program: Program, norm: fx.Node, producer: Any) -> bool:
         return False
     if producer.target is aten.linear.default and producer.meta["val"].ndim != 2:
         return False
-    if norm.target is aten.batch_norm.default and norm.args[5]:
+    if norm.target is aten.batch_norm.default and operands(norm)[5]:
         return False
-    if any(u.target is operator.getitem and u.args[1] != 0 and u.users for u in norm.users):
+    if any(u.target is operator.getitem and operands(u)[1] != 0 and u.users for u in norm.users):
         return False
-    operands = [a for a in producer.args[1:3] if isinstance(a, fx.Node)]
-    return all(a.op == "get_attr" and len(a.users) == 1 for a in operands)
+    stored = [a for a in operands(producer)[1:3] if isinstance(a, fx.Node)]
+    return all(a.op == "get_attr" and len(a.users) == 1 for a in stored)
 
 
 def _value(program: Program, node: Any) -> Tensor | None:
@@ -246,6 +247,7 @@ def _evaluate(program: Program, node: fx.Node, known: dict[fx.Node, Tensor]) -> 
         return None
     if meta.numel() > _FOLD_LIMIT or any(n not in known for n in node.all_input_nodes):
         return None
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])  # type: ignore[misc]
-    result = node.target(*args, **kwargs)  # type: ignore[operator]
+    args, kwargs = fx.node.map_arg((operands(node), node.kwargs), lambda n: known[n])
+    assert callable(node.target)
+    result = node.target(*args, **kwargs)
     return result.clone() if isinstance(result, Tensor) else None

@@ -14,10 +14,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.graph import CodeGen
 
 from . import dialect  # noqa: F401  # registers the paretoc:: operators that a captured graph may hold
 from .errors import CaptureError
-from .program import Arguments, Interface, Program, describe, forward_parameters, hint
+from .program import Arguments, Interface, Program, describe, forward_parameters, hint, operands
 from .sites import SDPA
 
 Model = nn.Module | ExportedProgram | fx.GraphModule
@@ -260,7 +261,7 @@ def _program(exported: ExportedProgram, call: Arguments, parameters: tuple[str, 
     module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     graph = module.graph
-    graph.set_codegen(fx.CodeGen())
+    graph.set_codegen(CodeGen())
     leaves, in_spec = pytree.tree_flatten(call)
     kinds: list[tuple[str, Any]] = []
     example: list[Tensor] = []
@@ -272,7 +273,7 @@ def _program(exported: ExportedProgram, call: Arguments, parameters: tuple[str, 
             continue
         kinds.append(("constant", leaf))
         if node.users:
-            node.replace_all_uses_with(leaf)  # type: ignore[arg-type]  # a specialised Python constant
+            node.replace_all_uses_with(leaf)  # a specialised Python constant
         graph.erase_node(node)
     _check_inference(graph)
     results = _flatten_outputs(graph)
@@ -287,7 +288,7 @@ def _program(exported: ExportedProgram, call: Arguments, parameters: tuple[str, 
 def _check_inference(graph: fx.Graph) -> None:
     """Refuse a graph that draws random numbers to drop activations, or that changes the model's own buffers."""
     for node in graph.nodes:
-        name, args = str(node.target), node.args
+        name, args = str(node.target), operands(node)
         drops = name.startswith("aten.native_dropout") or (name == "aten.dropout.default" and args[2])
         if (drops and args[1]) or (node.target in SDPA and len(args) > 4 and args[4]):
             what = "the model is in training mode and a dropout is active"
@@ -302,7 +303,7 @@ def _flatten_outputs(graph: fx.Graph) -> tuple[tuple[str, Any], ...]:
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     tensors: list[fx.Node] = []
     results: list[tuple[str, Any]] = []
-    for value in pytree.tree_leaves(output.args[0]):
+    for value in pytree.tree_leaves(operands(output)[0]):
         if not isinstance(value, fx.Node):
             results.append(("constant", value))
             continue

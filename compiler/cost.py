@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from .encodings import NM
-from .program import Program, example_shape
+from .program import Program, example_shape, operands
 from .sites import CONV, LINEAR, MATMUL, SDPA, attention_sites
 
 aten = torch.ops.aten
@@ -41,14 +41,14 @@ def cost(program: Program) -> Cost:
 def node_macs(node: fx.Node) -> int:
     """Multiply–accumulates of one node at the example inputs; 0 for everything that is not a matrix product."""
     if node.target in LINEAR:
-        return prod(example_shape(node)) * example_shape(node.args[1])[-1]
+        return prod(example_shape(node)) * example_shape(operands(node)[1])[-1]
     if node.target in CONV:
-        return prod(example_shape(node)) * prod(example_shape(node.args[1])[1:])
+        return prod(example_shape(node)) * prod(example_shape(operands(node)[1])[1:])
     if node.target in SDPA:
-        query, value = example_shape(node.args[0]), example_shape(node.args[2])
+        query, value = example_shape(operands(node)[0]), example_shape(operands(node)[2])
         return prod(query) * value[-2] + prod(query[:-1]) * value[-2] * value[-1]
     if node.target in _MATMULS:
-        left = node.args[1] if node.target in (aten.addmm.default, aten.baddbmm.default) else node.args[0]
+        left = operands(node)[1] if node.target in (aten.addmm.default, aten.baddbmm.default) else operands(node)[0]
         return prod(example_shape(node)) * example_shape(left)[-1]
     return 0
 
@@ -59,7 +59,7 @@ def parameter_count(program: Program) -> int:
     for node in program.graph.nodes:
         encoding = program.encoding(node)
         if encoding is not None:
-            total += prod(node.args[2]) * encoding.n // encoding.m if isinstance(encoding, NM) else prod(node.args[2])
+            total += prod(operands(node)[2]) * encoding.n // encoding.m if isinstance(encoding, NM) else prod(operands(node)[2])
         elif node.op == "get_attr" and not any(program.encoding(u) is not None for u in node.users):
             value = program.get(str(node.target))
             total += value.numel() if value.is_floating_point() else 0

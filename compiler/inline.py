@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .dialect.weights import reference_decode
 from .encodings import Encoding
-from .program import Program
+from .program import Program, operands
 
 
 def inline_decode(program: Program, keep: Callable[[Encoding], bool]) -> list[str]:
@@ -24,7 +24,7 @@ def inline_decode(program: Program, keep: Callable[[Encoding], bool]) -> list[st
         if encoding is None or keep(encoding):
             continue
         arrays = list(program.stored_arrays(node).values())
-        names += [str(a.target) for a in node.args[0]]  # type: ignore[union-attr]  # a list of get_attr nodes
+        names += [str(a.target) for a in operands(node)[0]]
         _splice(program, node, _trace(arrays, node))
     if names:
         program.refresh()
@@ -32,26 +32,26 @@ def inline_decode(program: Program, keep: Callable[[Encoding], bool]) -> list[st
 
 
 def _trace(arrays: list[Tensor], node: fx.Node) -> fx.GraphModule:
-    encoding, shape, dtype = node.args[1:4]
+    encoding, shape, dtype = operands(node)[1:4]
 
     def reference(*stored: Tensor) -> Tensor:
-        return reference_decode(stored, encoding, shape, dtype)  # type: ignore[arg-type]  # the schema of decode
+        return reference_decode(stored, encoding, shape, dtype)
 
     return make_fx(reference)(*arrays)
 
 
 def _splice(program: Program, node: fx.Node, traced: fx.GraphModule) -> None:
     graph = program.graph
-    sources = iter(node.args[0])  # type: ignore[arg-type]
+    sources = iter(operands(node)[0])
     mapping: dict[fx.Node, fx.Node] = {}
     for inner in traced.graph.nodes:
         if inner.op == "placeholder":
-            mapping[inner] = next(sources)  # type: ignore[assignment]
+            mapping[inner] = next(sources)
         elif inner.op == "get_attr":
             name = f"constants.{node.name}.{inner.target}"
             mapping[inner] = program.attribute(name, getattr(traced, str(inner.target)), before=node)
         elif inner.op == "output":
-            node.replace_all_uses_with(mapping[inner.args[0]])
+            node.replace_all_uses_with(mapping[operands(inner)[0]])
         else:
             with graph.inserting_before(node):
                 mapping[inner] = graph.node_copy(inner, lambda n: mapping[n])

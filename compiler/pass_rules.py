@@ -129,7 +129,8 @@ class Layer(nn.Module):
         heads = self.qkv(self.norm1(x)).view(batch, tokens, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(*heads.unbind(0))
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
-        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+        hidden: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+        return hidden
 
 
 class VisionTransformer(nn.Module):

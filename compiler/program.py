@@ -11,7 +11,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -173,11 +173,12 @@ class Program:
 
     @property
     def output(self) -> fx.Node:
-        return next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        node: fx.Node = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        return node
 
     @property
     def outputs(self) -> list[fx.Node]:
-        return list(self.output.args[0])  # type: ignore[arg-type]  # built by capture as a tuple of nodes
+        return list(operands(self.output)[0])
 
     def calls(self, *targets: Any) -> list[fx.Node]:
         """Call nodes of the given operators, in graph order."""
@@ -265,14 +266,14 @@ class Program:
     def fake(self, value: Tensor) -> Tensor:
         """The shape-only stand-in of a real tensor, in the capture's own fake mode."""
         mode = self.placeholders[0].meta["val"].fake_mode
-        return mode.from_tensor(value, static_shapes=True)  # type: ignore[no-any-return]
+        return cast(Tensor, mode.from_tensor(value, static_shapes=True))
 
     # -- encodings ------------------------------------------------------------------------------------------------
 
     def encoding(self, node: fx.Node) -> Encoding | None:
         """The encoding of a weight operand, or None when it is stored as it is (or is not a weight)."""
         if node.op == "call_function" and node.target is torch.ops.paretoc.decode.default:
-            return parse_encoding(str(node.args[1]))
+            return parse_encoding(str(operands(node)[1]))
         return None
 
     def weight_name(self, node: Any) -> str | None:
@@ -292,14 +293,14 @@ class Program:
         encoding = self.encoding(node)
         if encoding is None:
             raise PassError(f"node {node.name!r} is not a weight", where=describe(node), fix="pass a weight operand")
-        return encoding.decode(self.stored_arrays(node), tuple(node.args[2]))  # type: ignore[arg-type]
+        return encoding.decode(self.stored_arrays(node), tuple(operands(node)[2]))
 
     def stored_arrays(self, node: fx.Node) -> dict[str, Tensor]:
         """The named arrays an encoded weight is stored as."""
         prefix = str(node.meta["parameter"]) + "."
         return {
             str(a.target).removeprefix(prefix): self.get(str(a.target))
-            for a in node.args[0]  # type: ignore[union-attr]  # decode takes a list of get_attr nodes
+            for a in operands(node)[0]
         }
 
     def encode(self, weight: fx.Node, encoding: Encoding, arrays: Mapping[str, Tensor]) -> fx.Node:
@@ -376,6 +377,16 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     for old, new in mapping.items():
         new.meta = copy.copy(old.meta)
     return fresh
+
+
+def operands(node: Any) -> tuple[Any, ...]:
+    """A node's positional arguments, free of the union type that fx gives them."""
+    return tuple(node.args)
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """An argument that may be given by position or by keyword."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
 def module_path(node: fx.Node) -> str:

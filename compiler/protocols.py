@@ -16,7 +16,9 @@ from .sites import Block
 class Fitter(Protocol):
     """How the stored values of an encoding are chosen for one weight."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """How `fitter=` names it."""
 
     def refuse(self, encoding: Encoding) -> str | None:
         """Why this fitter cannot fit that encoding, or None when it can."""

@@ -43,10 +43,10 @@ def check(passes: Sequence[Pass]) -> None:
                     fix="leave one of them out",
                 )
     graph = rules(passes)
-    for u, v, reason in graph.edges(data="reason"):
+    for u, v in graph.edges:
         if u > v:
             raise ScheduleError(
-                f"{passes[v].name!r} stands before {passes[u].name!r}, but {reason}",
+                f"{passes[v].name!r} stands before {passes[u].name!r}, but {graph.edges[u, v]['reason']}",
                 where="passes=",
                 fix="this order works: " + ", ".join(p.name for p in ordered(passes)),
             )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .program import Program, describe, module_class, module_path, shape_of
+from .program import Program, argument, describe, module_class, module_path, operands, shape_of
 
 aten = torch.ops.aten
 
@@ -50,13 +50,13 @@ class Site:
     @property
     def input(self) -> fx.Node:
         """The activation operand."""
-        node = self.node.args[1 if self.kind == "embedding" else 0]
+        node = operands(self.node)[1 if self.kind == "embedding" else 0]
         assert isinstance(node, fx.Node)
         return node
 
     @property
     def bias(self) -> fx.Node | None:
-        bias = self.node.args[2] if self.kind in ("linear", "conv") and len(self.node.args) > 2 else None
+        bias = operands(self.node)[2] if self.kind in ("linear", "conv") and len(operands(self.node)) > 2 else None
         return bias if isinstance(bias, fx.Node) else None
 
     @property
@@ -123,7 +123,7 @@ def _weight_operand(node: fx.Node, kind: str) -> Any:
     index = {"embedding": 0, "norm": 2}.get(kind, 1)
     if node.target in BATCH_NORM:
         index = 1
-    return node.args[index] if len(node.args) > index else None
+    return operands(node)[index] if len(operands(node)) > index else None
 
 
 def attention_sites(program: Program) -> list[AttentionSite]:
@@ -139,29 +139,26 @@ def attention_sites(program: Program) -> list[AttentionSite]:
 
 
 def _fused_attention(node: fx.Node) -> AttentionSite:
-    query, key, value = node.args[:3]
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
-    scale = node.kwargs.get("scale") or float(shape_of(query)[-1]) ** -0.5
-    return AttentionSite(
-        node, query, key, value, mask, float(scale), bool(causal), None, module_path(node)  # type: ignore[arg-type]
-    )
+    query, key, value = operands(node)[:3]
+    mask, causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
+    scale: Any = node.kwargs.get("scale") or float(shape_of(query)[-1]) ** -0.5
+    return AttentionSite(node, query, key, value, mask, float(scale), bool(causal), None, module_path(node))
 
 
 def _open_attention(softmax: fx.Node) -> AttentionSite | None:
     """Match matmul → (scale, mask)* → softmax → (copies)* → matmul around a softmax."""
     mask, scale = None, 1.0
-    logits = softmax.args[0]
+    logits = operands(softmax)[0]
     while isinstance(logits, fx.Node) and logits.target not in MATMUL:
-        if logits.target in ADD and mask is None and isinstance(logits.args[1], fx.Node):
-            mask = logits.args[1]
-        elif logits.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(logits.args[1], (int, float)):
-            scale *= float(logits.args[1])
-        elif logits.target in (aten.div.Tensor, aten.div.Scalar) and isinstance(logits.args[1], (int, float)):
-            scale /= float(logits.args[1])
+        if logits.target in ADD and mask is None and isinstance(operands(logits)[1], fx.Node):
+            mask = operands(logits)[1]
+        elif logits.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(operands(logits)[1], (int, float)):
+            scale *= float(operands(logits)[1])
+        elif logits.target in (aten.div.Tensor, aten.div.Scalar) and isinstance(operands(logits)[1], (int, float)):
+            scale /= float(operands(logits)[1])
         elif logits.target not in (aten.view.default, aten.reshape.default, aten.to.dtype, aten._to_copy.default):
             return None
-        logits = logits.args[0]
+        logits = operands(logits)[0]
     out = softmax
     while len(users := _real_users(out)) == 1 and out.target not in MATMUL:
         out = users[0]
@@ -170,12 +167,12 @@ def _open_attention(softmax: fx.Node) -> AttentionSite | None:
             return None
     if not isinstance(logits, fx.Node) or out.target not in MATMUL:
         return None
-    query, transposed = logits.args[:2]
-    value = out.args[1]
+    query, transposed = operands(logits)[:2]
+    value = operands(out)[1]
     key = _untransposed(transposed)
     if key is None:
         return None
-    return AttentionSite(out, query, key, value, mask, scale, False, softmax, module_path(softmax))  # type: ignore[arg-type]
+    return AttentionSite(out, query, key, value, mask, scale, False, softmax, module_path(softmax))
 
 
 def _real_users(node: fx.Node) -> list[fx.Node]:
@@ -191,22 +188,21 @@ def _untransposed(node: Any) -> fx.Node | None:
     axes = list(range(rank))
     axes[-2:] = axes[:-3:-1]
     if node.target is aten.transpose.int:
-        swapped = {int(a) % rank for a in node.args[1:3]} == {rank - 1, rank - 2}  # type: ignore[arg-type]
+        swapped = {int(a) % rank for a in operands(node)[1:3]} == {rank - 1, rank - 2}
     else:
-        swapped = [int(a) % rank for a in node.args[1]] == axes  # type: ignore[union-attr,arg-type]
-    return node.args[0] if swapped else None  # type: ignore[return-value]
+        swapped = [int(a) % rank for a in operands(node)[1]] == axes
+    return operands(node)[0] if swapped else None
 
 
 def feed_forward_sites(program: Program) -> list[FeedForwardSite]:
     sites = []
     for node in program.calls(*ACTIVATIONS):
-        up = node.args[0]
+        up = operands(node)[0]
         down = next(iter(node.users), None)
         if down is not None and down.target is aten.mul.Tensor:
             down = next(iter(down.users), None)
-        linears = isinstance(up, fx.Node) and up.target in LINEAR and down is not None and down.target in LINEAR
-        if linears:
-            sites.append(FeedForwardSite(up, node, down, module_path(down)))  # type: ignore[arg-type]
+        if down is not None and down.target in LINEAR and isinstance(up, fx.Node) and up.target in LINEAR:
+            sites.append(FeedForwardSite(up, node, down, module_path(down)))
     return sites
 
 
@@ -228,8 +224,8 @@ def _closing_add(site: AttentionSite) -> fx.Node | None:
         if len(users) != 1:
             return None
         node, previous = users[0], node
-        if node.target in ADD and all(isinstance(a, fx.Node) for a in node.args[:2]):
-            other = node.args[1] if node.args[0] is previous else node.args[0]
+        if node.target in ADD and all(isinstance(a, fx.Node) for a in operands(node)[:2]):
+            other = operands(node)[1] if operands(node)[0] is previous else operands(node)[0]
             if isinstance(other, fx.Node) and other.op != "get_attr" and _same_rank(other, node):
                 return node
     return None
@@ -244,7 +240,7 @@ def residual_adds(program: Program) -> list[fx.Node]:
     """Adds that close a residual branch: one operand lies on every path to the other."""
     adds = []
     for node in program.calls(*ADD):
-        operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and a.op == "call_function"]
+        operands = [a for a in operands(node)[:2] if isinstance(a, fx.Node) and a.op == "call_function"]
         if len(operands) == 2 and any(len(a.users) > 1 for a in operands):
             adds.append(node)
     return adds
@@ -253,8 +249,8 @@ def residual_adds(program: Program) -> list[fx.Node]:
 def class_token(program: Program) -> fx.Node | None:
     """The `cat([token.expand(B, p, C), patches], dim=1)` that puts learned tokens in front, if the model has one."""
     for node in program.calls(aten.cat.default):
-        parts = node.args[0]
-        axis = node.args[1] if len(node.args) > 1 else 0
+        parts = operands(node)[0]
+        axis = operands(node)[1] if len(operands(node)) > 1 else 0
         if axis == 1 and isinstance(parts, (list, tuple)) and len(parts) >= 2 and _is_learned(parts[0]):
             return node
     return None
@@ -266,7 +262,7 @@ def protected_tokens(program: Program) -> int:
     if node is None:
         return 0
     count = 0
-    for part in node.args[0]:  # type: ignore[union-attr]  # checked by class_token
+    for part in operands(node)[0]:
         if not _is_learned(part):
             break
         count += int(shape_of(part)[1])
@@ -275,7 +271,7 @@ def protected_tokens(program: Program) -> int:
 
 def _is_learned(node: Any) -> bool:
     while isinstance(node, fx.Node) and node.target in (aten.expand.default, aten.repeat.default, aten.add.Tensor):
-        node = node.args[0]
+        node = operands(node)[0]
     return isinstance(node, fx.Node) and node.op == "get_attr"
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from . import dialect  # noqa: F401  # registers the operators named below
 from .errors import PassError
-from .program import Program, describe
+from .program import Program, argument, describe, operands
 from .protocols import TokenRule, TokenState
 from .sites import SDPA, AttentionSite, Block, blocks, protected_tokens
 
@@ -102,7 +102,7 @@ def insert(program: Program, rule: TokenRule, plan: Callable[[int, int, int], in
         users = list(block.residual.users)
         state = TokenState(block.residual, size, block, tokens, protected)
         reduced = rule.emit(program, state, remove)
-        block.residual.replace_all_uses_with(reduced.x, delete_user_cb=lambda n, users=users: n in users)
+        block.residual.replace_all_uses_with(reduced.x, delete_user_cb=set(users).__contains__)
         reduced.x.meta.update(tokens=frozenset([1]), original=block.residual)
         if reduced.size is not None:
             reduced.x.meta["size"] = reduced.size
@@ -121,15 +121,15 @@ def _weigh_keys(program: Program, site: AttentionSite, size: fx.Node) -> None:
         if site.softmax is None:
             if site.mask is not None:
                 bias = graph.call_function(aten.add.Tensor, (site.mask, bias))
-            arguments = list(site.node.args) + [None] * (4 - len(site.node.args))
+            arguments = list(operands(site.node)) + [None] * (4 - len(operands(site.node)))
             arguments[3] = bias
             site.node.args = tuple(arguments)
             site.node.kwargs = {k: v for k, v in site.node.kwargs.items() if k != "attn_mask"}
         else:
-            logits = site.softmax.args[0]
+            logits = operands(site.softmax)[0]
             biased = graph.call_function(aten.add.Tensor, (logits, bias))
             bias.meta["tokens"] = frozenset([3])
-            biased.meta["val"] = logits.meta["val"]  # type: ignore[union-attr]  # the logits are a node
+            biased.meta["val"] = logits.meta["val"]
             site.softmax.update_arg(0, biased)
 
 
@@ -167,7 +167,7 @@ class _Carry(fx.Interpreter):
             n.meta["tokens"] = self._rule(n)
             self._inherit_size(n, shorter)
         elif shorter and n.op == "output":
-            self._refuse(n, f"output {n.args[0].index(shorter[0])} has the token axis", "return pooled features only")  # type: ignore[union-attr]
+            self._refuse(n, f"output {operands(n)[0].index(shorter[0])} has the token axis", "return pooled features only")
         value = super().run_node(n)
         n.meta["val"] = value
         return value
@@ -182,12 +182,12 @@ class _Carry(fx.Interpreter):
 
     def _rule(self, node: fx.Node) -> frozenset[int]:
         """The token dimensions of the node's result; rewrites its literals on the way."""
-        first = node.args[0]
+        first = operands(node)[0]
         target = node.target
         if target in _POINTWISE:
             return self._pointwise(node)
         if target is operator.getitem or target in _PER_ROW:
-            return first.meta.get("tokens", frozenset())  # type: ignore[union-attr]
+            return _tokens(first)
         if target in SDPA:
             return self._attention(node)
         if target in (aten.matmul.default, aten.bmm.default):
@@ -197,13 +197,13 @@ class _Carry(fx.Interpreter):
         rank = self._rank(first)
         axes: frozenset[int] = first.meta["tokens"]
         if target is aten.transpose.int:
-            swap = {node.args[1] % rank: node.args[2] % rank, node.args[2] % rank: node.args[1] % rank}  # type: ignore[operator]
+            swap = {operands(node)[1] % rank: operands(node)[2] % rank, operands(node)[2] % rank: operands(node)[1] % rank}
             return frozenset(swap.get(a, a) for a in axes)
         if target is aten.permute.default:
-            order = [d % rank for d in node.args[1]]  # type: ignore[operator,union-attr]
+            order = [d % rank for d in operands(node)[1]]
             return frozenset(order.index(a) for a in axes)
         if target is aten.unsqueeze.default:
-            at = node.args[1] % (rank + 1)  # type: ignore[operator]
+            at = operands(node)[1] % (rank + 1)
             return frozenset(a + (a >= at) for a in axes)
         if target in _VIEWS:
             return self._view(node, axes)
@@ -229,7 +229,7 @@ class _Carry(fx.Interpreter):
     def _pointwise(self, node: fx.Node) -> frozenset[int]:
         rank = self.before[node].ndim
         axes: set[int] = set()
-        operands = [a for a in node.args if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
+        operands = [a for a in operands(node) if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
         for operand in operands:
             shift = rank - self._rank(operand)
             axes |= {a + shift for a in operand.meta.get("tokens", ())}
@@ -246,31 +246,31 @@ class _Carry(fx.Interpreter):
         return frozenset(axes)
 
     def _attention(self, node: fx.Node) -> frozenset[int]:
-        query, key, value = node.args[:3]
-        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-        if node.kwargs.get("is_causal") or (len(node.args) > 5 and node.args[5]):
+        query, key, value = operands(node)[:3]
+        mask = argument(node, 3, "attn_mask")
+        if argument(node, 5, "is_causal", False):
             self._refuse(node, "the attention is causal", "token reduction is for bidirectional encoders")
         old_mask = isinstance(mask, fx.Node) and mask in self.before and self.before[mask].shape[-1] != 1
-        if old_mask and not mask.meta.get("tokens"):  # type: ignore[union-attr]
+        if old_mask and not mask.meta.get("tokens"):
             self._refuse(node, "its attention mask has the token axis", "capture the model without a mask")
-        rank = self._rank(node.args[0])  # type: ignore[arg-type]
+        rank = self._rank(operands(node)[0])
         for operand in (query, key, value):
-            extra = operand.meta.get("tokens", frozenset()) - {rank - 2}  # type: ignore[union-attr]
+            extra = operand.meta.get("tokens", frozenset()) - {rank - 2}
             if extra:
                 self._refuse(node, "tokens lie on the head or channel axis", "this attention layout is not supported")
-        return query.meta.get("tokens", frozenset())  # type: ignore[union-attr,no-any-return]
+        return _tokens(query)
 
     def _matmul(self, node: fx.Node) -> frozenset[int]:
-        left, right = node.args[:2]
-        rank = self._rank(left)  # type: ignore[arg-type]
-        a, b = left.meta.get("tokens", frozenset()), right.meta.get("tokens", frozenset())  # type: ignore[union-attr]
+        left, right = operands(node)[:2]
+        rank = self._rank(left)
+        a, b = left.meta.get("tokens", frozenset()), right.meta.get("tokens", frozenset())
         if (rank - 1 in a) != (rank - 2 in b):
             self._refuse(node, "a product over tokens meets a fixed size", "a projection along tokens fixes their number")
         return frozenset({x for x in a if x != rank - 1} | {x for x in b if x == rank - 1})
 
     def _view(self, node: fx.Node, axes: frozenset[int]) -> frozenset[int]:
         """A view keeps the token axis when one output dimension has the same extent and the same stride of elements."""
-        source = node.args[0]
+        source = operands(node)[0]
         assert isinstance(source, fx.Node)
         old_in, old_out = self._old_shape(source), [s for s in self.before[node].shape]
         moved = {}
@@ -288,7 +288,7 @@ class _Carry(fx.Interpreter):
                     "models that fold tokens into windows or a grid need all of them",
                 )
             moved[axis] = match[0]
-        literal = list(node.args[1])  # type: ignore[arg-type]
+        literal = list(operands(node)[1])
         for axis, target in moved.items():
             if isinstance(literal[target], int) and literal[target] != -1:
                 literal[target] = source.meta["val"].shape[axis]
@@ -305,10 +305,10 @@ class _Carry(fx.Interpreter):
         return shape
 
     def _expand(self, node: fx.Node, axes: frozenset[int]) -> frozenset[int]:
-        source = node.args[0]
+        source = operands(node)[0]
         assert isinstance(source, fx.Node)
-        shift = len(node.args[1]) - self._rank(source)  # type: ignore[arg-type]
-        literal = list(node.args[1])  # type: ignore[arg-type]
+        shift = len(operands(node)[1]) - self._rank(source)
+        literal = list(operands(node)[1])
         for axis in axes:
             if isinstance(literal[axis + shift], int) and literal[axis + shift] != -1:
                 literal[axis + shift] = source.meta["val"].shape[axis]
@@ -316,25 +316,25 @@ class _Carry(fx.Interpreter):
         return frozenset(a + shift for a in axes)
 
     def _reducing(self, node: fx.Node, axes: frozenset[int], rank: int) -> frozenset[int]:
-        target, source = node.target, node.args[0]
+        target, source = node.target, operands(node)[0]
         if target is aten.mean.dim:
             return self._mean(node, axes, rank)
         position = 2 if target in _SPLITS else 1
-        axis = (node.args[position] if len(node.args) > position else 0) % rank  # type: ignore[operator]
+        axis = (operands(node)[position] if len(operands(node)) > position else 0) % rank
         if axis not in axes:
             dropped = target in (aten.select.int, aten.unbind.int)
             return frozenset(a - (dropped and a > axis) for a in axes)
-        if target is aten.select.int and 0 <= node.args[2] < max(self.protected, 0):  # type: ignore[operator]
+        if target is aten.select.int and 0 <= operands(node)[2] < max(self.protected, 0):
             return frozenset(a - (a > axis) for a in axes if a != axis)
         if target is aten.slice.Tensor:
-            start = node.args[2] if len(node.args) > 2 and node.args[2] is not None else 0
-            end = node.args[3] if len(node.args) > 3 and node.args[3] is not None else 1 << 62
-            step = node.args[4] if len(node.args) > 4 else 1
-            old = self._old_shape(source)[axis]  # type: ignore[arg-type]
-            if step == 1 and 0 <= start <= end <= self.protected:  # type: ignore[operator]
+            start = operands(node)[2] if len(operands(node)) > 2 and operands(node)[2] is not None else 0
+            end = operands(node)[3] if len(operands(node)) > 3 and operands(node)[3] is not None else 1 << 62
+            step = operands(node)[4] if len(operands(node)) > 4 else 1
+            old = self._old_shape(source)[axis]
+            if step == 1 and 0 <= start <= end <= self.protected:
                 return frozenset(a for a in axes if a != axis)
-            if step == 1 and 0 <= start <= self.protected and isinstance(end, int) and end >= old:  # type: ignore[operator]
-                self._slice_size(node, source, start)  # type: ignore[arg-type]
+            if step == 1 and 0 <= start <= self.protected and isinstance(end, int) and end >= old:
+                self._slice_size(node, source, start)
                 return axes
         self._refuse(
             node,
@@ -352,11 +352,11 @@ class _Carry(fx.Interpreter):
 
     def _mean(self, node: fx.Node, axes: frozenset[int], rank: int) -> frozenset[int]:
         """mean over tokens → Σ size·x / Σ size, so that every original token counts once."""
-        dims = sorted(d % rank for d in node.args[1])  # type: ignore[operator,union-attr]
-        keep = bool(node.args[2]) if len(node.args) > 2 else False
+        dims = sorted(d % rank for d in operands(node)[1])
+        keep = bool(operands(node)[2]) if len(operands(node)) > 2 else False
         if not axes & set(dims):
             return frozenset(a - (0 if keep else sum(d < a for d in dims)) for a in axes)
-        source = node.args[0]
+        source = operands(node)[0]
         assert isinstance(source, fx.Node)
         size = source.meta.get("size")
         if dims != [1] or axes != frozenset([1]):
@@ -376,6 +376,12 @@ class _Carry(fx.Interpreter):
         """Evaluate nodes inserted behind the interpreter's back."""
         for node in nodes:
             self.env[node] = node.meta["val"] = fx.Interpreter.run_node(self, node)
+
+
+def _tokens(node: fx.Node) -> frozenset[int]:
+    """The dimensions of a value that are the shorter token axis."""
+    found: frozenset[int] = node.meta.get("tokens", frozenset())
+    return found
 
 
 def _hints(sizes: Sequence[Any]) -> list[int]:

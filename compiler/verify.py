@@ -109,9 +109,9 @@ def measure(original: Program, compiled: Program, batches: Sequence[FlatBatch], 
                 error, cosine = _distance(a, b)
                 errors[name].append(error)
                 cosines[name].append(cosine)
-        for name, a in want_sites.items():
-            b = got_sites.get(name)
-            if b is not None and a.shape == b.shape and a.is_floating_point():
+        for name in want_sites.keys() & got_sites.keys():
+            a, b = want_sites[name], got_sites[name]
+            if a.shape == b.shape and a.is_floating_point():
                 total = squares.setdefault(sites[name], [0.0, 0.0])
                 total[0] += float((a.double() - b.double()).square().sum())
                 total[1] += float(a.double().square().sum())

@@ -56,7 +56,7 @@ class Power(Encoding):
     @property
     def largest(self) -> int:
         """Q, the largest code."""
-        return 2 ** (self.bits - 1) - 1
+        return int(2 ** (self.bits - 1)) - 1
 
     def table(self) -> list[float]:
         """sgn(q)·(|q|/Q)^(1/a) for q = −Q … Q."""

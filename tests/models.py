@@ -80,9 +80,7 @@ class Block(nn.Module):
 class Vit(nn.Module):
     """A pre-norm vision transformer over `[B, T, 12]` patches. `pool`: "mean" (no class token) or "class"."""
 
-    def __init__(
-        self, tokens: int = 16, width: int = 16, heads: int = 2, depth: int = 3, pool: str = "mean"
-    ) -> None:
+    def __init__(self, tokens: int = 16, width: int = 16, heads: int = 2, depth: int = 3, pool: str = "mean") -> None:
         super().__init__()
         self.pool = pool
         self.embed = nn.Linear(12, width)

@@ -12,9 +12,7 @@ def _raise(error: Exception) -> None:
 
 
 def test_refused_accepts_the_error_it_names(refused):
-    error = refused(
-        OptionError, "of 3", lambda: _raise(OptionError("of 3 kinds", where="here", fix="do this"))
-    )
+    error = refused(OptionError, "of 3", lambda: _raise(OptionError("of 3 kinds", where="here", fix="do this")))
     assert error.where == "here"
 
 

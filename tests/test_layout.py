@@ -53,9 +53,7 @@ def _forbidden(node: ast.AST, package: tuple[str, ...]) -> list[str]:
 def packages(root: Path) -> set[str]:
     """The import packages that the folders hold: every folder with Python files."""
     folders = {f.parent.relative_to(root).parts for name in ALLOWED for f in (root / name).rglob("*.py")}
-    return {
-        "paretoc" if parts == ("compiler", "_root") else ".".join(("paretoc", *parts)) for parts in folders
-    }
+    return {"paretoc" if parts == ("compiler", "_root") else ".".join(("paretoc", *parts)) for parts in folders}
 
 
 def test_imports_go_one_way():
@@ -127,9 +125,7 @@ def test_every_package_has_an_init():
 
 def _loaded_by(statement: str) -> set[str]:
     code = f"import sys\n{statement}\nprint(' '.join(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     return set(done.stdout.split()) & HEAVY
 
 

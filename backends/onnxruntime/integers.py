@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -33,7 +34,7 @@ class Integers:
     def per_channel(self) -> bool:
         return self.block in (0, -1)
 
-    def storage(self) -> type:
+    def storage(self) -> Any:
         """The narrowest ONNX integer that holds the codes, standard since opset 21 for 4 bits."""
         if self.bits <= 4:
             return ml_dtypes.uint4 if self.zero is not None else ml_dtypes.int4

@@ -133,7 +133,7 @@ class Lowering:
         """x·Wᵀ + b in floating point: Gemm for a matrix, MatMul with the transposed weight otherwise."""
         if x.shape is not None and len(x.shape) == 2:
             inputs = [x, weight] if bias is None else [x, weight, bias]
-            return self.emit(node, "Gemm", inputs, {"transB": 1}, name=site)  # type: ignore[no-any-return]
+            return self.emit(node, "Gemm", inputs, {"transB": 1}, name=site)
         if weight.const_value is not None:
             transposed = self.constant(f"{weight.name}.T", weight.const_value.numpy().T)
         else:
@@ -174,12 +174,12 @@ class Lowering:
         readers = len(quantiser.outputs[0].uses())
         if quantiser.op_type == "DynamicQuantize" and readers == 1 and (source, "tensor") not in self.quantised:
             inputs = [source, weight, scale, None, bias]
-            return self.emit(  # type: ignore[no-any-return]
+            return self.emit(
                 node, "DynamicQuantizeMatMul", _trimmed(inputs), domain=MICROSOFT, name=site
             )
         codes, a_scale, a_zero = self._quantised_input(quantiser)
         inputs = [codes, weight, a_scale, scale, a_zero, None, bias]
-        return self.emit(  # type: ignore[no-any-return]
+        return self.emit(
             node, "MatMulIntegerToFloat", _trimmed(inputs), domain=MICROSOFT, name=site
         )
 
@@ -226,12 +226,12 @@ class Lowering:
         scale = stored.scale if stored.block > 0 else stored.scale.ravel()
         inputs = [codes, self.constant(f"{site}.weight.scale{kind}", scale if stored.block != -1 else scale.reshape(()))]
         if stored.zero is not None:
-            zero = (stored.zero if stored.block > 0 else stored.zero.ravel()).astype(stored.storage())
+            zero: NDArray[Any] = (stored.zero if stored.block > 0 else stored.zero.ravel()).astype(stored.storage())
             inputs.append(self.constant(f"{site}.weight.zero{kind}", zero if stored.block != -1 else zero.reshape(())))
         attributes: dict[str, Any] = {"axis": axis} if stored.block >= 0 else {}
         if stored.block > 0:
             attributes["block_size"] = stored.block
-        return self.emit(node, "DequantizeLinear", inputs, attributes)  # type: ignore[no-any-return]
+        return self.emit(node, "DequantizeLinear", inputs, attributes)
 
     def _embedding(self, node: ir.Node) -> None:
         """Gather rows of codes, then dequantise only those: the table stays quantised in memory."""
@@ -284,7 +284,7 @@ class Lowering:
         """Experts one after the other: each multiplies its own rows, and the results stand in the same order."""
         x, weight, ends = node.inputs
         assert x is not None and weight is not None and weight.shape is not None
-        experts = int(weight.shape[0])  # type: ignore[arg-type]  # a stored tensor
+        experts = int(weight.shape[0])
         one, axis = np.array([1], dtype=np.int64), self.constant("axes.first", np.array([0], dtype=np.int64))
         ends = self.emit(node, "Cast", [ends], {"to": int(ir.DataType.INT64)})
         bounds = [axis, *(self.emit(node, "Slice", [ends, self.constant(f"expert.{e}", one * e),
@@ -312,7 +312,7 @@ class Lowering:
                 "tensor": self._tensor_codes,
                 "token": self._token_codes,
             }[granularity](quantiser, source)
-        return self.quantised[key]  # type: ignore[return-value]  # the three functions return triples
+        return self.quantised[key]
 
     def _static_codes(self, quantiser: ir.Node, source: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         _, scale, zero = quantiser.inputs
@@ -364,7 +364,7 @@ class Lowering:
         else:
             value = self._dequantise(node, stored, site, axis=1 if stored.block > 0 else 0, shape=shape)
         if node.outputs[0].dtype not in (None, ir.DataType.FLOAT):
-            value = self.emit(node, "Cast", [value], {"to": int(node.outputs[0].dtype)})  # type: ignore[arg-type]
+            value = self.emit(node, "Cast", [value], {"to": int(node.outputs[0].dtype)})
         self.replace(node, value)
 
 
@@ -397,7 +397,7 @@ def _text(node: ir.Node, name: str) -> str:
 
 
 def _ints(node: ir.Node, name: str) -> Sequence[int]:
-    return node.attributes[name].as_ints()
+    return list(node.attributes[name].as_ints())
 
 
 def _trimmed(inputs: list[ir.Value | None]) -> list[ir.Value | None]:
@@ -427,7 +427,8 @@ def _integers(node: ir.Node) -> Integers | None:
 
 def _dense(node: ir.Node) -> torch.Tensor:
     encoding, arrays, shape = _stored(node)
-    return encoding.decode(arrays, shape).contiguous()  # type: ignore[no-any-return]
+    dense: torch.Tensor = encoding.decode(arrays, shape).contiguous()
+    return dense
 
 
 def _transposed(stored: Integers) -> Integers:

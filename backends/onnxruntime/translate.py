@@ -30,7 +30,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _decode(arrays: Sequence[Tensor], encoding: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    attributes = {"encoding": encoding, "shape": list(shape)}
+    attributes: dict[str, Any] = {"encoding": encoding, "shape": list(shape)}
     return symbolic("paretoc::Decode", list(arrays), attributes, dtype=dtype, shape=tuple(shape), version=1)
 
 
@@ -157,6 +157,7 @@ def translate(program: Program, opset: int) -> ir.Model:
             )
     except Exception as error:
         raise _explained(program, error) from error
+    assert onnx_program is not None
     model = onnx_program.model
     _name_axes(program, model)
     return model
@@ -172,7 +173,7 @@ class _quiet(warnings.catch_warnings):
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         return entered
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, *exc: Any) -> None:
         logging.getLogger("torch.onnx").setLevel(self.level)
         super().__exit__(*exc)
 

@@ -45,12 +45,12 @@ class Affine(Encoding):
     @property
     def levels(self) -> int:
         """The largest code when asymmetric, the largest magnitude Q when symmetric."""
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
     @property
     def offset(self) -> int:
         """What is added to a symmetric code before it is packed."""
-        return 2 ** (self.bits - 1)
+        return 1 << (self.bits - 1)
 
     def grid(self, shape: Shape) -> tuple[int, int, int]:
         """(rows, groups, weights per group): how the scales see a tensor of this shape."""

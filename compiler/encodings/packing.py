@@ -19,8 +19,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(bits, device=codes.device)
     stream = ((codes.to(torch.int32).unsqueeze(-1) >> shifts) & 1).flatten(-2)
     stream = torch.nn.functional.pad(stream, (0, packed_size(count, bits) * 8 - count * bits))
-    weights = 2 ** torch.arange(8, device=codes.device)
-    return (stream.unflatten(-1, (-1, 8)) * weights).sum(-1).to(torch.uint8)
+    octets = stream.reshape(*stream.shape[:-1], -1, 8)
+    return (octets << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -31,8 +31,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if 8 % bits == 0:
         per_byte = 8 // bits
         shifts = torch.arange(per_byte, device=packed.device, dtype=torch.int32) * bits
-        return ((values.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)[..., :count]
+        mask = (1 << bits) - 1
+        return ((values.unsqueeze(-1) >> shifts) & mask).flatten(-2)[..., :count]
     stream = ((values.unsqueeze(-1) >> torch.arange(8, device=packed.device, dtype=torch.int32)) & 1).flatten(-2)
-    stream = stream[..., : count * bits].unflatten(-1, (count, bits))
-    weights = 2 ** torch.arange(bits, device=packed.device, dtype=torch.int32)
-    return (stream * weights).sum(-1, dtype=torch.int32)
+    codes = stream[..., : count * bits].reshape(*stream.shape[:-1], count, bits)
+    return (codes << torch.arange(bits, device=packed.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)

@@ -111,9 +111,7 @@ def test_data_that_does_not_fit_is_refused(mlp, refused, data, sentence):
 
 
 def test_the_batch_that_does_not_fit_is_named(mlp, refused):
-    error = refused(
-        CalibrationError, "has shape [2, 3]", lambda: read_batches(mlp, [DATA, torch.randn(2, 3)])
-    )
+    error = refused(CalibrationError, "has shape [2, 3]", lambda: read_batches(mlp, [DATA, torch.randn(2, 3)]))
     assert error.where == "calibration batch 1"
 
 

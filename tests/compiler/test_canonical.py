@@ -28,11 +28,7 @@ def _capture(forward, *example: Tensor, parameters: dict[str, Tensor] | None = N
 
 
 def _targets(program) -> list[str]:
-    return [
-        str(n.target)
-        for n in program.graph.nodes
-        if n.op == "call_function" and "sym_size" not in str(n.target)
-    ]
+    return [str(n.target) for n in program.graph.nodes if n.op == "call_function" and "sym_size" not in str(n.target)]
 
 
 def _canonical_same(program, *inputs: Tensor, rtol: float = 0, atol: float = 0) -> dict[str, int]:
@@ -250,9 +246,7 @@ def test_convolution_depthwise_and_linear_take_their_norm_in(models):
     program = capture(model, torch.randn(2, 4, 8, 8))
     counts = canonicalize(program)
     assert counts["batch_norms"] == 3
-    assert set(program.weights()) == {
-        f"{n}.{k}" for n in ("stem", "depthwise", "head") for k in ("weight", "bias")
-    }
+    assert set(program.weights()) == {f"{n}.{k}" for n in ("stem", "depthwise", "head") for k in ("weight", "bias")}
 
 
 @pytest.mark.parametrize("affine", [True, False])

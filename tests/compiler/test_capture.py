@@ -39,9 +39,7 @@ def _same(got, want, **tolerance) -> None:
             assert a == b
 
 
-@pytest.mark.parametrize(
-    "other", [(torch.ones(2),), [torch.zeros(2)], [torch.ones(2), None], {"a": torch.ones(2)}]
-)
+@pytest.mark.parametrize("other", [(torch.ones(2),), [torch.zeros(2)], [torch.ones(2), None], {"a": torch.ones(2)}])
 def test_same_rejects_other_numbers_and_containers(other):
     _same([torch.ones(2)], [torch.ones(2)])
     with pytest.raises(AssertionError):
@@ -94,15 +92,11 @@ def test_as_call():
 @pytest.mark.parametrize("example", ["text", 3, None])
 def test_an_example_of_another_type_is_refused(refused, example):
     kind = type(example).__name__
-    refused(
-        CaptureError, f"example inputs of type {kind} are not understood", lambda: capture(Two(), example)
-    )
+    refused(CaptureError, f"example inputs of type {kind} are not understood", lambda: capture(Two(), example))
 
 
 def test_an_example_that_does_not_fit_is_refused(refused):
-    error = refused(
-        CaptureError, "the example inputs do not fit the model: missing", lambda: capture(Two(), X)
-    )
+    error = refused(CaptureError, "the example inputs do not fit the model: missing", lambda: capture(Two(), X))
     assert "x, shift, factor, flag" in error.fix
 
 
@@ -247,9 +241,7 @@ def test_dynamic_shapes_that_contradict_the_model_are_an_error(refused):
 
 
 def test_the_key_value_cache_of_a_decoder_is_left_out(models):
-    model = models.hugging_face(
-        "GPT2LMHeadModel", n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=20
-    )
+    model = models.hugging_face("GPT2LMHeadModel", n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=20)
     ids = torch.randint(0, 50, (2, 6))
     program = capture(model, {"input_ids": ids}, {"input_ids": {0: Dim.AUTO}})
     assert program.notes == ["captured with use_cache=False: the key-value cache is not part of the outputs"]
@@ -420,9 +412,7 @@ class Dropping(nn.Module):
 @pytest.mark.parametrize("how", ["module", "function", "attention"])
 def test_active_dropout_is_refused(refused, how):
     model = Dropping(how).train()
-    error = refused(
-        CaptureError, "the model is in training mode", lambda: capture(model, torch.randn(2, 3, 4))
-    )
+    error = refused(CaptureError, "the model is in training mode", lambda: capture(model, torch.randn(2, 3, 4)))
     assert error.fix.startswith("call model.eval() first")
     if how == "module":
         assert "1 dropout layers are active, the first is 'layers.1'" in error.what

@@ -17,7 +17,7 @@ import numpy as np
 import paretoc as pc
 import pytest
 import torch
-from paretoc.compiler import cli, cost, registry
+from paretoc.compiler import cli, cost, registry, source
 from paretoc.compiler.cli import main
 from paretoc.compiler.cost import Latency
 from safetensors.numpy import save_file
@@ -268,7 +268,7 @@ _WHISPER = {"layers": 1, "attention_heads": 2, "ffn_dim": 32}
 @pytest.mark.filterwarnings("ignore:.*token_id must be")
 def test_made_up_inputs_are_what_the_model_takes(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
     model = _tiny(name).eval()
-    inputs = cli._made_up_inputs(model, name)
+    inputs = source.made_up_inputs(model, name)
     assert {key: tuple(value.shape) for key, value in inputs.items()} == shapes
     with torch.no_grad():
         assert model(**inputs)
@@ -285,7 +285,7 @@ def test_calibration_is_cut_into_batches_of_eight(run: Run, folder: Path, suffix
         ".safetensors": lambda path: save_file({"x": data}, path),
     }
     save[suffix](folder / f"data{suffix}")
-    batches = cli._batches(folder / f"data{suffix}")
+    batches = source.read_batches(folder / f"data{suffix}")
     assert [batch["x"].shape[0] for batch in batches] == [8, 8, 4]
     assert torch.equal(torch.cat([batch["x"] for batch in batches]), torch.from_numpy(data).float())
     words = f"compile zoo:model_only --passes quantize:W8A8 --target eager -o out --calibration data{suffix}"
@@ -302,7 +302,7 @@ def test_arrays_without_names_are_positional(run: Run, folder: Path) -> None:
 def test_objects_in_a_file_are_refused(folder: Path) -> None:
     np.savez(folder / "x.npz", x=np.array([object()]))
     with pytest.raises(pc.OptionError, match="Object arrays cannot be loaded"):
-        cli._arrays(folder / "x.npz")
+        source.read_arrays(folder / "x.npz")
 
 
 # -- explain and bench ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def _counted(model: nn.Module, *example: Tensor, **keywords: Tensor) -> int:
-    """Multiply–accumulates by torch's counter, which counts two operations each, and none in fused attention."""
+    """Multiply–accumulates by torch's counter, which counts two operations for each."""
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(*example, **keywords)
     return counter.get_total_flops() // 2

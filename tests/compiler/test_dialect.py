@@ -264,9 +264,7 @@ def slow_keep(x: Tensor, scores: Tensor, keep: int, protected: int, fuse: bool) 
         kept = sorted(sorted(free, key=lambda t: -weights[t])[:keep])
         parts = [rows[t] for t in (*range(protected), *kept)]
         if fuse:
-            parts.append(
-                sum((weights[t] * rows[t] for t in free if t not in kept), torch.zeros(rows.shape[1]))
-            )
+            parts.append(sum((weights[t] * rows[t] for t in free if t not in kept), torch.zeros(rows.shape[1])))
         sequences.append(torch.stack(parts))
     return torch.stack(sequences)
 

@@ -75,9 +75,7 @@ def test_the_slow_packer_is_right_on_a_case_done_by_hand():
 # -- Affine --------------------------------------------------------------------------------------------
 
 
-def slow_affine(
-    weight: np.ndarray, bits: int, group: int, symmetric: bool
-) -> tuple[np.ndarray, list[list[int]]]:
+def slow_affine(weight: np.ndarray, bits: int, group: int, symmetric: bool) -> tuple[np.ndarray, list[list[int]]]:
     """Textbook rounding to nearest, one group at a time, in float32. Returns weight and codes."""
     matrix = weight.reshape(weight.shape[0], -1)
     flat = [r for row in matrix for r in np.split(row, _cuts(row, group))]
@@ -293,9 +291,7 @@ def test_the_layout_and_the_bytes_are_those_really_stored(encoding, shape):
     arrays = encoding.encode(torch.randn(shape))
     assert list(arrays) == list(layout)
     assert {k: (tuple(v.shape), v.dtype) for k, v in arrays.items()} == layout
-    assert encoding.nbytes(shape) == sum(
-        len(a.contiguous().view(torch.uint8).flatten()) for a in arrays.values()
-    )
+    assert encoding.nbytes(shape) == sum(len(a.contiguous().view(torch.uint8).flatten()) for a in arrays.values())
 
 
 @quick

@@ -202,7 +202,5 @@ def test_a_site_pass_selects(models, refused):
     assert [s.path for s in Both(targets=["*.mlp.*"], ignore="*.up").sites(program)] == ["blocks.0.mlp.down"]
     assert Both(targets="head").targets == ("head",)
     assert Both(ignore=["a"]) == Both(ignore=("a",))
-    error = refused(
-        OptionError, "matches none of the 9 linear/norm sites", lambda: Both(targets="x").sites(program)
-    )
+    error = refused(OptionError, "matches none of the 9 linear/norm sites", lambda: Both(targets="x").sites(program))
     assert error.where == "pass 'both'"

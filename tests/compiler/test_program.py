@@ -232,9 +232,7 @@ def test_encoding_a_weight_replaces_its_storage(mlp):
     assert stored == ["up.weight.codes", "up.weight.scale", "up.weight.zero"]
     assert mlp.encoding(node) == encoding
     assert mlp.weight_name(node) == "up.weight"
-    assert {k: v.tolist() for k, v in mlp.stored_arrays(node).items()} == {
-        k: v.tolist() for k, v in arrays.items()
-    }
+    assert {k: v.tolist() for k, v in mlp.stored_arrays(node).items()} == {k: v.tolist() for k, v in arrays.items()}
     decoded = encoding.decode(arrays, (32, 16))
     assert torch.equal(mlp.weight_value(node), decoded)
     x = torch.randn(3, 16)

@@ -111,9 +111,7 @@ def test_contradicting_rules_are_shown_as_a_cycle(refused):
     a = make("a", before=("b",))
     b = make("b", before=("c",))
     c = make("c", before=("a",))
-    error = refused(
-        ScheduleError, "the order rules of these passes contradict each other", lambda: ordered([a, b, c])
-    )
+    error = refused(ScheduleError, "the order rules of these passes contradict each other", lambda: ordered([a, b, c]))
     assert {"a", "b", "c"} <= set(error.what.split(": ")[1].replace(" → ", " ").split())
 
 

@@ -73,11 +73,7 @@ def test_every_kind_of_weight_site():
     assert by_path["free"].bias is None
     assert by_path["conv"].bias.target == "conv.bias"
     assert by_path["words"].bias is None
-    assert (
-        by_path["linear"]
-        .describe()
-        .startswith("linear 'linear', node linear (aten.linear.default) in linear from")
-    )
+    assert by_path["linear"].describe().startswith("linear 'linear', node linear (aten.linear.default) in linear from")
 
 
 def test_a_product_of_two_activations_is_no_weight_site():
@@ -182,13 +178,9 @@ class Open(nn.Module):
         return torch.softmax(logits, -1) @ v
 
 
-@pytest.mark.parametrize(
-    ("how", "scale"), [("plain", 0.5), ("permute", 0.5), ("mask", 1.5), ("scaled query", 1.0)]
-)
+@pytest.mark.parametrize(("how", "scale"), [("plain", 0.5), ("permute", 0.5), ("mask", 1.5), ("scaled query", 1.0)])
 def test_the_open_form_by_hand(how, scale):
-    q, k, v = (
-        torch.randn(2, 2, 6, 6) for _ in range(3)
-    )  # keys as wide as tokens: shapes do not tell them apart
+    q, k, v = (torch.randn(2, 2, 6, 6) for _ in range(3))  # keys as wide as tokens: shapes do not tell them apart
     (site,) = attention_sites(_canonical(Open(how), q, k, v))
     assert site.scale == scale  # a factor on the query stays in the query
     assert (site.key.name, site.value.name) == ("k", "v")
@@ -197,9 +189,7 @@ def test_the_open_form_by_hand(how, scale):
     assert not site.fused
 
 
-@pytest.mark.parametrize(
-    "how", ["no transposition", "another function", "a function between", "no product behind"]
-)
+@pytest.mark.parametrize("how", ["no transposition", "another function", "a function between", "no product behind"])
 def test_what_is_no_attention(how):
     q, k, v = (torch.randn(2, 2, 6, 6) for _ in range(3))
     assert attention_sites(_canonical(Open(how), q, k, v)) == []
@@ -231,9 +221,7 @@ def test_a_block_ends_in_the_residual_add_of_its_attention(captured, name, form)
         assert block.residual.target is torch.ops.aten.add.Tensor
         assert example_shape(block.residual)[-1] == 32
         later = [
-            u
-            for u in order
-            if u.target is torch.ops.aten.gelu.default and order.index(u) > order.index(block.residual)
+            u for u in order if u.target is torch.ops.aten.gelu.default and order.index(u) > order.index(block.residual)
         ]
         assert later, "the feed-forward comes behind the add"
         before = [n for n in walk_inputs(block.residual) if n.target is torch.ops.aten.gelu.default]

@@ -8,11 +8,7 @@ from paretoc.compiler.capture import capture
 from paretoc.compiler.errors import OptionError
 from paretoc.compiler.targets import select
 
-LINEAR = [
-    f"blocks.{i}.{part}"
-    for i in range(2)
-    for part in ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
-]
+LINEAR = [f"blocks.{i}.{part}" for i in range(2) for part in ("attention.qkv", "attention.out", "mlp.up", "mlp.down")]
 ALL = ["embed", *LINEAR, "head"]
 
 

@@ -130,9 +130,7 @@ def test_the_pass_that_makes_nan_is_named(models, reference, refused):
 )
 def test_a_pass_that_undoes_the_sparsity_is_refused(models, reference, refused, how, now):
     sentence = "'up.weight' was 2:4 sparse and now is " + now
-    error = refused(
-        VerificationError, sentence, lambda: reference(models.Mlp(), ["prune_nm:2:4", Broken(how)], X)
-    )
+    error = refused(VerificationError, sentence, lambda: reference(models.Mlp(), ["prune_nm:2:4", Broken(how)], X))
     assert error.fix == "run this pass before prune_nm, or leave the site out"
 
 
@@ -147,9 +145,7 @@ def test_a_pass_that_writes_a_dense_weight_over_a_sparse_one_is_refused(models, 
     after = program.clone()
     site = weight_sites(program)[0]
     program.encode(site.weight, NM(2, 4), NM(2, 4).encode(program.weight_value(site.weight)))
-    refused(
-        VerificationError, "'up.weight' was 2:4 sparse and now is None", lambda: check(program, after, "x")
-    )
+    refused(VerificationError, "'up.weight' was 2:4 sparse and now is None", lambda: check(program, after, "x"))
 
 
 def test_a_pass_that_breaks_shapes_inside_is_refused(models, reference, refused):

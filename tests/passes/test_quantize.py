@@ -1,0 +1,269 @@
+"""Quantisation: each scheme equals a model with fake-quantised weights and inputs; what is chosen and refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from paretoc.compiler.encodings import Affine
+from paretoc.compiler.errors import OptionError, PassError
+from paretoc.compiler.sites import weight_sites
+from paretoc.passes.fit import Mse, Rtn
+from torch import Tensor, nn
+
+ops = torch.ops.paretoc
+X = torch.randn(6, 16)
+IDS = torch.randint(0, 48, (2, 5))
+
+
+def _decoded(weight: Tensor, encoding: Affine, fitter=None) -> Tensor:
+    """What is left of a weight, straight from the encoding."""
+    shape = tuple(weight.shape)
+    return encoding.decode((fitter or Mse()).fit(encoding, weight.detach()), shape)
+
+
+def _replaced(model: nn.Module, encoding: Affine, fitter=None) -> nn.Module:
+    """The model with every weight matrix replaced by its decoded self."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.weight.data = _decoded(module.weight, encoding, fitter)
+    return twin
+
+
+def _encodings(compiled) -> dict[str, str]:
+    program = compiled.program
+    return {s.path: str(program.encoding(s.weight)) for s in weight_sites(program) if s.kind != "norm"}
+
+
+# -- weights ---------------------------------------------------------------------------------------------
+
+WEIGHT_ONLY = {
+    "quantize:W8A16": (Affine(8), Mse()),
+    "quantize:W8A16,fitter=rtn,symmetric=false": (Affine(8, 0, False), Rtn()),
+    "quantize:W4A16": (Affine(4, 32), Mse()),
+    "quantize:W4A16,group_size=64,fitter=rtn": (Affine(4, 64), Rtn()),
+    "quantize:W4A16,symmetric=false": (Affine(4, 32, False), Mse()),
+}
+
+
+@pytest.mark.parametrize("text", WEIGHT_ONLY)
+def test_weights_are_those_of_the_encoding(models, reference, text):
+    encoding, fitter = WEIGHT_ONLY[text]
+    model = models.Mlp(64, 128, 64)
+    x = torch.randn(5, 64)
+    compiled = reference(model, [text], x)
+    assert set(_encodings(compiled).values()) == {str(encoding)}
+    twin = _replaced(model, encoding, fitter)
+    torch.testing.assert_close(compiled(x), twin(x), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_convolutions_are_quantised_per_channel(models, reference):
+    model = models.Cnn().eval()
+    x = torch.randn(3, 4, 8, 8)
+    compiled = reference(model, ["quantize:W8A16,fitter=rtn"], x)
+    assert list(_encodings(compiled)) == ["stem", "depthwise", "head"]
+    program = reference(model, [], x).program  # the batch norms are folded before the weights are rounded
+    for before, after in zip(weight_sites(program), weight_sites(compiled.program), strict=True):
+        want = _decoded(program.weight_value(before.weight), Affine(8), Rtn())
+        assert torch.equal(compiled.program.weight_value(after.weight), want)
+
+
+def test_the_bytes_are_those_of_the_codes(models, reference):
+    compiled = reference(models.Mlp(64, 128, 64), ["quantize:W4A16"], torch.randn(2, 64))
+    stored = compiled.program.weights()
+    assert stored["up.weight.codes"].shape == (128, 32)
+    assert stored["up.weight.scale"].shape == (128, 2)
+    expected = 2 * (64 * 128 // 2 + 64 * 128 // 32 * 4) + 4 * (128 + 64)
+    assert compiled.report(latency=False).compiled.bytes == expected
+
+
+# -- activations -----------------------------------------------------------------------------------------
+
+
+class Manual(nn.Module):
+    """An Mlp whose inputs to each linear go through a function."""
+
+    def __init__(self, mlp: nn.Module, *inputs) -> None:
+        super().__init__()
+        self.mlp, self.inputs = mlp, inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.nn.functional.gelu(self.mlp.up(self.inputs[0](x)))
+        return self.mlp.down(self.inputs[1](hidden))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+def test_dynamic_activations(models, reference, granularity):
+    model = models.Mlp()
+    compiled = reference(model, [f"quantize:W8A8-dynamic,granularity={granularity}"], X)
+    twin = Manual(_replaced(model, Affine(8)), *[lambda t: ops.fake_quantize_dynamic(t, granularity)] * 2)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(compiled(x), twin(x), rtol=1e-5, atol=1e-6)
+    kinds = [n.args[1] for n in compiled.program.calls(ops.fake_quantize_dynamic.default)]
+    assert kinds == [granularity] * 2
+
+
+def test_static_activations_use_the_calibrated_range(models, reference):
+    model = models.Mlp()
+    data = [torch.randn(4, 16), torch.randn(4, 16) * 2]
+    compiled = reference(model, ["quantize:W8A8"], X, calibration=data)
+    replaced = _replaced(model, Affine(8))
+    everything = torch.cat(data)
+    hidden = torch.nn.functional.gelu(model.up(everything))  # ranges come from the model before quantisation
+
+    def static(values: Tensor):
+        low, high = float(values.min().clamp(max=0)), float(values.max().clamp(min=0))
+        scale = torch.tensor((high - low) / 255)
+        zero = torch.tensor(round(-low / float(scale))).byte()
+        return lambda t: ops.fake_quantize(t, scale, zero)
+
+    twin = Manual(replaced, static(everything), static(hidden.detach()))
+    x = torch.randn(3, 16) * 3  # beyond the range: clipped
+    torch.testing.assert_close(compiled(x), twin(x), rtol=1e-4, atol=1e-4)
+    nodes = compiled.program.calls(ops.fake_quantize.default)
+    assert [compiled.program.get(n.args[2].target).dtype for n in nodes] == [torch.uint8] * 2
+
+
+def test_positive_activations_use_all_codes(reference):
+    model = nn.Sequential(nn.Linear(16, 8))
+    compiled = reference(model, ["quantize:W8A8"], X, calibration=[X.abs() + 1])
+    (node,) = compiled.program.calls(ops.fake_quantize.default)
+    assert int(compiled.program.get(node.args[2].target)) == 0
+
+
+def test_constant_zero_activations_do_not_divide_by_zero(reference):
+    compiled = reference(nn.Sequential(nn.Linear(16, 8)), ["quantize:W8A8"], X, calibration=[torch.zeros(2, 16)])
+    assert torch.isfinite(compiled(X)).all()
+
+
+def test_one_quantiser_serves_every_reader_of_an_activation(captured, models, reference):
+    model, _ = captured("BertForSequenceClassification", num_hidden_layers=1)
+    compiled = reference(model, ["quantize:W8A8-dynamic"], models.sentences(2, 7))
+    quantisers = compiled.program.calls(ops.fake_quantize_dynamic.default)
+    linears = [s for s in weight_sites(compiled.program) if s.kind == "linear"]
+    assert len(linears) == 8  # q, k, v, attention out, up, down, pooler, classifier
+    assert len(quantisers) == 6
+    assert max(len(q.users) for q in quantisers) == 3
+    assert {s.input for s in linears} == set(quantisers)
+
+
+def test_weight_only_schemes_leave_activations_alone(models, reference):
+    compiled = reference(models.Mlp(), ["quantize:W8A16"], X)
+    assert compiled.program.calls(ops.fake_quantize.default, ops.fake_quantize_dynamic.default) == []
+
+
+# -- embeddings and tied weights -------------------------------------------------------------------------
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(48, 32)
+        self.out = nn.Linear(32, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.words(ids).mean(1))
+
+
+@pytest.mark.parametrize("scheme", ["W8A8-dynamic", "W8A16", "W4A16"])
+def test_embeddings_on_request(reference, scheme):
+    model = Words()
+    plain = reference(model, [f"quantize:{scheme}"], IDS)
+    assert _encodings(plain)["words"] == "None"
+    compiled = reference(model, [f"quantize:{scheme},embeddings=true"], IDS)
+    assert _encodings(compiled)["words"] == str(Affine(8))
+    assert compiled.program.weights()["words.weight.scale"].shape == (48, 1)  # one scale a row
+    (site,) = [s for s in weight_sites(compiled.program) if s.kind == "embedding"]
+    assert torch.equal(compiled.program.weight_value(site.weight), _decoded(model.words.weight, Affine(8)))
+    assert site.input.op == "placeholder"  # ids are not quantised
+
+
+def test_a_tied_weight_is_left_alone_without_embeddings(models, reference):
+    compiled = reference(models.TiedLanguageModel(), ["quantize:W8A16"], IDS)
+    entry = compiled.report(latency=False).passes[-1]
+    assert entry["matched"] == ["middle"]
+    (reason,) = entry["skipped"].values()
+    assert reason == "its weight is also an embedding table; use embeddings=true to quantise it"
+
+
+@pytest.mark.parametrize("scheme", ["W8A8-dynamic", "W8A16", "W4A16"])
+def test_a_tied_weight_is_stored_once(models, reference, scheme):
+    model = models.TiedLanguageModel()
+    compiled = reference(model, [f"quantize:{scheme},embeddings=true"], IDS)
+    decodes = compiled.program.calls(ops.decode.default)
+    assert len(decodes) == 2
+    tied = max(decodes, key=lambda d: len(d.users))
+    assert {u.target for u in tied.users} == {torch.ops.aten.embedding.default, torch.ops.aten.linear.default}
+    table = _decoded(model.embedding.weight, Affine(8))
+    assert torch.equal(compiled.program.weight_value(tied), table)
+    if scheme == "W8A16":
+        middle = _decoded(model.middle.weight, Affine(8))
+        hidden = torch.tanh(table[IDS] @ middle.T + model.middle.bias)
+        torch.testing.assert_close(compiled(IDS), hidden @ table.T, rtol=1e-4, atol=1e-5)
+
+
+# -- which sites -----------------------------------------------------------------------------------------
+
+
+def test_targets_and_ignore(models, reference):
+    compiled = reference(
+        models.Vit(depth=2), ["quantize:W8A16,targets=[*.mlp.*,head],ignore=re:1.mlp"], torch.randn(2, 16, 12)
+    )
+    chosen = [path for path, encoding in _encodings(compiled).items() if encoding != "None"]
+    assert chosen == ["blocks.0.mlp.up", "blocks.0.mlp.down", "head"]
+    assert compiled.report(latency=False).passes[-1]["matched"] == chosen
+
+
+def test_two_schemes_for_two_parts(models, reference):
+    passes = ["quantize:W4A16,group_size=16,targets=up", "quantize:W8A8-dynamic,targets=down"]
+    compiled = reference(models.Mlp(), passes, X)
+    assert _encodings(compiled) == {"up": str(Affine(4, 16)), "down": str(Affine(8))}
+    assert len(compiled.program.calls(ops.fake_quantize_dynamic.default)) == 1
+
+
+def test_what_is_already_quantised_is_left_alone(models, reference):
+    compiled = reference(models.Mlp(), ["quantize:W4A16,group_size=16,targets=up", "quantize:W8A16"], X)
+    assert _encodings(compiled) == {"up": str(Affine(4, 16)), "down": str(Affine(8))}
+    skipped = compiled.report(latency=False).passes[-1]["skipped"]
+    assert skipped == {"up": f"already stored as {Affine(4, 16)}"}
+
+
+def test_convolutions_are_not_for_w4a16(models, reference):
+    compiled = reference(models.Cnn().eval(), ["quantize:W4A16,group_size=8"], torch.randn(2, 4, 8, 8))
+    assert [p for p, e in _encodings(compiled).items() if e != "None"] == ["head"]
+
+
+# -- errors ----------------------------------------------------------------------------------------------
+
+
+def test_a_group_that_does_not_divide_names_the_site(models, reference, refused):
+    sentence = "group size 32 does not divide the input width 16"
+    error = refused(OptionError, sentence, lambda: reference(models.Mlp(), ["quantize:W4A16"], X))
+    assert error.where.startswith("pass 'quantize', site linear 'up', node linear")
+    assert error.fix.startswith("use 16")
+
+
+def test_a_group_that_does_not_divide_the_kept_values_names_the_site(models, reference, refused):
+    passes = ["prune_nm:2:4", "quantize:W4A16,group_size=16"]
+    sentence = "group size 16 does not divide the input width 8"
+    error = refused(OptionError, sentence, lambda: reference(models.Mlp(), passes, X))
+    assert "site linear 'up'" in error.where
+
+
+def test_quantising_everything_twice_is_an_error(models, reference, refused):
+    sentence = "nothing was quantised: up: already stored as Affine(bits=8, group=0, symmetric=True)"
+    refused(PassError, sentence, lambda: reference(models.Mlp(), ["quantize:W8A16", "quantize:W8A16"], X))
+
+
+def test_a_model_without_weights_is_an_error(reference, refused):
+    refused(PassError, "nothing was quantised", lambda: reference(nn.Sequential(nn.Tanh()), ["quantize:W8A16"], X))
+
+
+def test_a_pattern_that_matches_nothing_lists_near_misses(models, reference, refused):
+    call = lambda: reference(models.Mlp(), ["quantize:W8A16,ignore=*.downn"], X)  # noqa: E731
+    error = refused(OptionError, "the pattern '*.downn' matches none of the 2 linear/conv sites", call)
+    assert error.where == "pass 'quantize'"
+    assert error.fix == "did you mean down?"
