@@ -63,10 +63,20 @@ def _flat(program: Program, call: tuple[tuple[Any, ...], dict[str, Any]], index:
         batch = program.interface.flatten(*call)
     except ParetocError as error:
         raise CalibrationError(error.what, where=where, fix=error.fix) from error
+    sizes: dict[str, int] = {}
     for node, tensor, opened in zip(program.placeholders, batch, program.dynamic, strict=True):
         expected = node.meta["val"].shape
+        if tensor.dtype != node.meta["val"].dtype:
+            raise CalibrationError(
+                f"input {node.name!r} has dtype {tensor.dtype}, the model was captured with {node.meta['val'].dtype}",
+                where=where,
+                fix="convert the calibration data",
+            )
         fits = len(expected) == tensor.ndim and all(
-            axis in opened or int(size) == tensor.shape[axis] for axis, size in enumerate(expected)
+            sizes.setdefault(str(size), tensor.shape[axis]) == tensor.shape[axis]
+            if axis in opened
+            else int(size) == tensor.shape[axis]
+            for axis, size in enumerate(expected)
         )
         if not fits:
             shown = [opened.get(axis, int(size) if axis not in opened else "") for axis, size in enumerate(expected)]

@@ -57,7 +57,10 @@ def capture(model: Model, example_inputs: Any = None, dynamic_shapes: Any = None
     _disable_cache(model, args, kwargs, notes)
     with _named_keywords(model, kwargs):
         exported, call = _export(model, (args, kwargs), dynamic_shapes, notes)
-        return _program(exported, call, _parameters(model, args), notes)
+        program = _program(exported, call, _parameters(model, args), notes)
+    given, traced = _batch_size(pytree.tree_leaves((args, kwargs))), _batch_size(pytree.tree_leaves(call))
+    program.repeats = traced // given if given and traced else 1
+    return program
 
 
 def as_call(example: Any) -> Arguments:
@@ -278,7 +281,8 @@ def _program(exported: ExportedProgram, call: Arguments, parameters: tuple[str, 
     _check_inference(graph)
     results = _flatten_outputs(graph)
     interface = Interface(parameters, in_spec, tuple(kinds), exported.call_spec.out_spec, results)
-    program = Program(fx.GraphModule(module, _merge_constants(graph)), interface, example, [], notes, tuple(exported.state_dict))
+    flat = fx.GraphModule(module, _merge_constants(graph))
+    program = Program(flat, interface, example, [], notes, tuple(exported.state_dict))
     program.dynamic = [_open_dimensions(n) for n in program.placeholders]
     _note_frozen_batch(program)
     program.refresh()

@@ -31,7 +31,7 @@ class Cost:
 
 def cost(program: Program) -> Cost:
     return Cost(
-        macs=sum(node_macs(n) for n in program.graph.nodes if n.op == "call_function"),
+        macs=sum(node_macs(n) for n in program.graph.nodes if n.op == "call_function") // program.repeats,
         parameters=parameter_count(program),
         bytes=sum(t.numel() * t.dtype.itemsize for t in program.weights().values()),
         tokens=tuple(example_shape(site.key)[-2] for site in attention_sites(program)),

@@ -219,7 +219,10 @@ def _compile(model: Any, passes: list[Pass], options: Options, example: Any) -> 
             program, result = _apply(step, program, batches, options, progress)
             if options.verify:
                 verify.check(before, program, step.name)
-            distance = _fidelity(original, program, batches, data) if options.verify else None
+            where = f"pass {step.name!r}"
+            distance = (
+                verify.measure(original, program, batches[:_FIDELITY_BATCHES], data, where) if options.verify else None
+            )
             records.append(PassRecord(step.name, step.describe(), step.options(), result, cost(program), distance))
         executable = registry().backend(options.target).lower(program, {"seed": options.seed})
     last = records[-1].fidelity if records else None
@@ -236,7 +239,7 @@ def _with_canonicalize(passes: list[Pass]) -> list[Pass]:
 
 def _batches(program: Program, options: Options) -> tuple[list[FlatBatch], str]:
     if options.calibration is None:
-        return [program.example], "the example inputs"
+        return [program.users_example()], "the example inputs"
     batches = read_batches(program, options.calibration)
     return batches, "the calibration data"
 
@@ -268,10 +271,6 @@ def _apply(
         ) from error
     hook.after_pass(transform=step, program=program, result=result)
     return program, result
-
-
-def _fidelity(original: Program, program: Program, batches: list[FlatBatch], data: str) -> verify.Fidelity:
-    return verify.measure(original, program, batches[:_FIDELITY_BATCHES], data)
 
 
 class Progress:

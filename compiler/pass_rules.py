@@ -61,6 +61,16 @@ def pass_has_a_place(transform: Pass) -> None:
     )
 
 
+def pass_takes_its_positional_first(transform: Pass) -> None:
+    """The bare value of the text form is the first argument of the class: "quantize:W8A8", `Quantize("W8A8")`."""
+    first = next((item.name for item in dataclasses.fields(transform) if not item.kw_only), None)
+    require(
+        transform.positional in (None, first),
+        f"the bare value of the text form sets {transform.positional!r}, the first argument sets {first!r}",
+        "declare that option first, or the others as field(kw_only=True)",
+    )
+
+
 def pass_is_registered(transform: Pass) -> None:
     """A plugin offers the class, so that it can be used by name."""
     require(
@@ -390,6 +400,7 @@ PASS_RULES: tuple[Callable[[Pass], None], ...] = (
     pass_is_frozen,
     pass_has_a_name,
     pass_has_a_place,
+    pass_takes_its_positional_first,
     pass_is_registered,
     pass_text_reads_back,
     pass_refuses_unknown_options,

@@ -108,9 +108,13 @@ class Pass:
         words = [_show(getattr(self, self.positional))] if self.positional else []
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if item.name != self.positional and value != item.default:
+            if item.name != self.positional and value != _default(item):
                 words.append(f"{item.name}={_show(value)}")
         return self.name + (":" + ",".join(words) if words else "")
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def _show(value: Any) -> str:
@@ -125,8 +129,8 @@ def _show(value: Any) -> str:
 class SitePass(Pass):
     """A pass over weight sites: `targets`/`ignore` choose them, `kinds` says which kinds it can act on."""
 
-    targets: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
+    targets: tuple[str, ...] = field(default=(), kw_only=True)
+    ignore: tuple[str, ...] = field(default=(), kw_only=True)
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
 
     def __post_init__(self) -> None:

@@ -98,10 +98,10 @@ class Interface:
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The user's arguments → the graph's tensor inputs, in order."""
-        values, spec = pytree.tree_flatten(self.bind(args, kwargs))
+        values, spec = pytree.tree_flatten(_arranged(self.bind(args, kwargs), self.in_spec))
         if spec != self.in_spec:
             raise OptionError(
-                f"the inputs have the structure {spec}, the model was captured with {self.in_spec}",
+                f"the inputs have the structure {_one_line(spec)}, the model was captured with {_one_line(self.in_spec)}",
                 where="calling the compiled model",
                 fix="pass the same containers as in example_inputs",
             )
@@ -139,10 +139,33 @@ class Interface:
                 text = "_".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) or "output"
                 names[value] = text if text[0].isalpha() else f"output_{text}"
         taken = set(self.inputs)
-        return [names[i] if names[i] not in taken else f"{names[i]}_out" for i in sorted(names)]
+        unique = []
+        for index in sorted(names):
+            name = names[index]
+            while name in taken:
+                name += "_out"
+            taken.add(name)
+            unique.append(name)
+        return unique
 
     def unflatten_placeholder(self) -> Any:
         return pytree.tree_unflatten(list(range(len(self.results))), self.out_spec)
+
+
+def _arranged(value: Any, spec: pytree.TreeSpec) -> Any:
+    """The value with its dictionaries in the order of the spec: the order of keys is no structure."""
+    if spec.is_leaf():
+        return value
+    children = spec.children()
+    if spec.type is dict and isinstance(value, dict) and set(value) == set(spec.context):
+        return {key: _arranged(value[key], child) for key, child in zip(spec.context, children, strict=True)}
+    if spec.type in (tuple, list) and type(value) is spec.type and len(value) == len(children):
+        return spec.type(_arranged(v, child) for v, child in zip(value, children, strict=True))
+    return value
+
+
+def _one_line(spec: pytree.TreeSpec) -> str:
+    return " ".join(str(spec).split())
 
 
 @dataclass
@@ -151,7 +174,8 @@ class Program:
 
     `example` is the flat list of example input tensors; `dynamic` gives, per input, the dimensions left symbolic
     with their names; `notes` are facts the report must tell (for example a dimension that had to be frozen);
-    `state_names` are the names in the original model's state dict.
+    `state_names` are the names in the original model's state dict. `repeats` is 2 when a batch of one was repeated
+    to keep its axis open.
     """
 
     module: fx.GraphModule
@@ -160,6 +184,7 @@ class Program:
     dynamic: list[dict[int, str]]
     notes: list[str] = field(default_factory=list)
     state_names: tuple[str, ...] = ()
+    repeats: int = 1
 
     # -- the graph ------------------------------------------------------------------------------------------------
 
@@ -184,6 +209,12 @@ class Program:
         """Call nodes of the given operators, in graph order."""
         return [n for n in self.graph.nodes if n.op == "call_function" and n.target in targets]
 
+    def users_example(self) -> list[Tensor]:
+        """The example inputs as the user gave them."""
+        narrow = [0 in opened and self.repeats > 1 for opened in self.dynamic]
+        pairs = zip(self.example, narrow, strict=True)
+        return [t[: t.shape[0] // self.repeats].contiguous() if n else t for t, n in pairs]
+
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The reference execution: flat inputs → flat outputs, in PyTorch."""
         with torch.no_grad():
@@ -201,6 +232,7 @@ class Program:
             self.example,
             [dict(d) for d in self.dynamic], list(self.notes),
             self.state_names,
+            self.repeats,
         )
 
     def refresh(self) -> None:

@@ -146,7 +146,7 @@ def _caller(program: Any, run: Callable[[Any], Any]) -> Callable[..., Any]:
 
 def contenders(done: Compilation) -> dict[str, Callable[[], object]]:
     """The three programs that are timed against each other, each as a call on the example inputs."""
-    inputs = done.original.example
+    inputs = done.original.users_example()
     original = _original_executable(done)
 
     def eager() -> None:

@@ -19,7 +19,7 @@ from . import dialect  # noqa: F401  # registers the operators named below
 from .errors import PassError
 from .program import Program, argument, describe, operands
 from .protocols import TokenRule, TokenState
-from .sites import SDPA, AttentionSite, Block, blocks, protected_tokens
+from .sites import SDPA, SOFTMAX, AttentionSite, Block, attention_sites, blocks, protected_tokens, walk_inputs
 
 aten = torch.ops.aten
 
@@ -46,7 +46,13 @@ def token_blocks(program: Program) -> list[Block]:
             fix="token reduction is for transformer encoders",
         )
     first = found[0].attention.key.meta["val"].shape[-2]
-    for block in found:
+    for number, block in enumerate(found):
+        if number and found[number - 1].residual not in walk_inputs(block.attention.key):
+            raise PassError(
+                "the keys of this attention do not come from the attention block before it",
+                where=describe(block.attention.node),
+                fix="token reduction is for one encoder, whose layers stand one behind the other",
+            )
         stream = block.residual.meta["val"]
         if block.attention.key.meta["val"].ndim != 4:
             raise PassError(
@@ -147,11 +153,12 @@ class _Carry(fx.Interpreter):
     """Propagates shapes; `meta["tokens"]` of a node is the set of its dimensions that are the shorter token axis."""
 
     def __init__(self, program: Program) -> None:
-        super().__init__(program.module)
+        super().__init__(program.module, garbage_collect_values=False)  # a mean may need a size from far above
         self.extra_traceback = False  # our errors are three lines
         self.program = program
         self.before = {n: n.meta["val"] for n in program.graph.nodes if "val" in n.meta}
         self.protected = protected_tokens(program)
+        self.attention = {n for site in attention_sites(program) for n in (site.node, site.softmax)}
 
     def run(self, *args: Any) -> Any:  # type: ignore[override]  # the base adds options that are not used here
         self.mode = args[0].fake_mode
@@ -186,6 +193,8 @@ class _Carry(fx.Interpreter):
         target = node.target
         if target in _POINTWISE:
             return self._pointwise(node)
+        if target in _PER_ROW and self._rank(first) - 1 in _tokens(first):
+            self._refuse(node, "tokens lie on the axis that it sums over", "a projection along tokens fixes their number")
         if target is operator.getitem or target in _PER_ROW:
             return _tokens(first)
         if target in SDPA:
@@ -209,7 +218,9 @@ class _Carry(fx.Interpreter):
             return self._view(node, axes)
         if target is aten.expand.default:
             return self._expand(node, axes)
-        if target in (aten.softmax.int, aten._softmax.default):
+        if target in SOFTMAX:
+            if operands(node)[1] % rank in axes and node not in self.attention:
+                self._refuse(node, "it normalises over the tokens", "only the softmax of an attention may do that")
             return axes
         if target in (aten.select.int, aten.slice.Tensor, aten.unbind.int, aten.mean.dim) or target in _SPLITS:
             return self._reducing(node, axes, rank)
@@ -229,11 +240,11 @@ class _Carry(fx.Interpreter):
     def _pointwise(self, node: fx.Node) -> frozenset[int]:
         rank = self.before[node].ndim
         axes: set[int] = set()
-        operands = [a for a in operands(node) if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
-        for operand in operands:
+        tensors = [a for a in operands(node) if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
+        for operand in tensors:
             shift = rank - self._rank(operand)
             axes |= {a + shift for a in operand.meta.get("tokens", ())}
-        for operand in operands:
+        for operand in tensors:
             shift = rank - self._rank(operand)
             shape, own = operand.meta["val"].shape, operand.meta.get("tokens", ())
             stale = [a for a in axes if a >= shift and a - shift not in own and shape[a - shift] != 1]
@@ -266,6 +277,8 @@ class _Carry(fx.Interpreter):
         a, b = left.meta.get("tokens", frozenset()), right.meta.get("tokens", frozenset())
         if (rank - 1 in a) != (rank - 2 in b):
             self._refuse(node, "a product over tokens meets a fixed size", "a projection along tokens fixes their number")
+        if rank - 1 in a and node not in self.attention:
+            self._refuse(node, "it sums over the tokens", "only the product of an attention may do that")
         return frozenset({x for x in a if x != rank - 1} | {x for x in b if x == rank - 1})
 
     def _view(self, node: fx.Node, axes: frozenset[int]) -> frozenset[int]:

@@ -70,10 +70,11 @@ def _check_interface(before: Program, after: Program, where: str) -> None:
 
 def _check_sparsity(before: Program, after: Program, where: str) -> None:
     now = encodings_by_weight(after)
+    read = {n.meta.get("parameter") for n in after.graph.nodes}
     for name, encoding in encodings_by_weight(before).items():
-        if not isinstance(encoding, NM) or name not in now:
+        if not isinstance(encoding, NM) or (name not in now and name not in read):
             continue
-        kept = now[name]
+        kept = now.get(name, "changed behind its decode")
         if not isinstance(kept, NM) or (kept.n, kept.m) != (encoding.n, encoding.m):
             raise VerificationError(
                 f"{name!r} was {encoding.n}:{encoding.m} sparse and now is {kept}",
@@ -92,7 +93,9 @@ def encodings_by_weight(program: Program) -> dict[str, Any]:
     return found
 
 
-def measure(original: Program, compiled: Program, batches: Sequence[FlatBatch], data: str) -> Fidelity:
+def measure(
+    original: Program, compiled: Program, batches: Sequence[FlatBatch], data: str, where: str = "the rewritten program"
+) -> Fidelity:
     """Run both programs on the same batches and compare outputs and, where shapes still agree, site outputs."""
     names = original.interface.output_names()
     errors: dict[str, list[Tensor]] = {n: [] for n in names}
@@ -103,6 +106,7 @@ def measure(original: Program, compiled: Program, batches: Sequence[FlatBatch], 
     for batch in batches:
         want, want_sites = _observed(original, batch, sites)
         got, got_sites = _observed(compiled, batch, sites)
+        _check_finite(names, want, got, where)
         samples += batch[0].shape[0] if batch and batch[0].ndim else 1
         for name, a, b in zip(names, want, got, strict=True):
             if a.is_floating_point():
@@ -134,12 +138,17 @@ def _observed(program: Program, batch: FlatBatch, sites: dict[str, str]) -> tupl
 
     with torch.no_grad():
         outputs = Observer(program.module, observe).run(*batch)
-    for name, output in zip(program.interface.output_names(), outputs, strict=True):
-        if output.is_floating_point() and torch.isnan(output).any():
-            raise VerificationError(
-                f"output {name!r} is NaN", where="running the rewritten program", fix="leave out the last pass"
-            )
     return list(outputs), seen
+
+
+def _check_finite(names: Sequence[str], want: Sequence[Tensor], got: Sequence[Tensor], where: str) -> None:
+    """No output may be NaN or infinite where the original's is not."""
+    for name, a, b in zip(names, want, got, strict=True):
+        if not b.is_floating_point():
+            continue
+        for what, test in (("NaN", torch.isnan), ("infinite", torch.isinf)):
+            if (test(b) & ~test(a)).any():
+                raise VerificationError(f"output {name!r} is {what}", where=where, fix="leave out this pass")
 
 
 def _distance(want: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:

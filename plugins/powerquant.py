@@ -56,19 +56,22 @@ class Power(Encoding):
     @property
     def largest(self) -> int:
         """Q, the largest code."""
-        return int(2 ** (self.bits - 1)) - 1
+        return (1 << (self.bits - 1)) - 1
 
-    def table(self) -> list[float]:
-        """sgn(q)·(|q|/Q)^(1/a) for q = −Q … Q."""
-        positive = [(q / self.largest) ** (1 / self.exponent) for q in range(1, self.largest + 1)]
-        return [-value for value in reversed(positive)] + [0.0] + positive
-
-    def round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """W → q (float, unpacked) `[O, I]` and m `[O, 1]`."""
+    def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """W → q + Q `[O, I]`, int32, and m `[O, 1]`."""
         rows = weight.float().reshape(weight.shape[0], -1)
         scale = rows.abs().amax(1, keepdim=True)
         share = rows / torch.where(scale > 0, scale, 1.0)
-        return torch.round(self.largest * share.sign() * share.abs() ** self.exponent), scale
+        codes = torch.round(self.largest * share.sign() * share.abs() ** self.exponent)
+        return (codes + self.largest).int(), scale
+
+    def look_up(self, codes: Tensor) -> Tensor:
+        """q + Q → sgn(q)·(|q|/Q)^(1/a)."""
+        positive = [(q / self.largest) ** (1 / self.exponent) for q in range(1, self.largest + 1)]
+        table = [-value for value in reversed(positive)] + [0.0] + positive
+        values = torch.tensor(table, device=codes.device).index_select(0, codes.flatten())
+        return values.reshape(codes.shape)
 
     def layout(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         columns = packed_size(prod(shape[1:]), self.bits)
@@ -77,14 +80,12 @@ class Power(Encoding):
     def encode(self, weight: Tensor, fit: Fit | None = None) -> Arrays:
         if fit is not None:
             return fit(self, weight)
-        codes, scale = self.round(weight)
-        return {"codes": pack((codes + self.largest).to(torch.uint8), self.bits), "scale": scale}
+        codes, scale = self.quantize(weight)
+        return {"codes": pack(codes, self.bits), "scale": scale}
 
     def decode(self, arrays: Arrays, shape: tuple[int, ...]) -> Tensor:
         codes = unpack(arrays["codes"], self.bits, prod(shape[1:]))
-        table = torch.tensor(self.table(), device=codes.device)
-        values = table.index_select(0, codes.flatten()).reshape(codes.shape)
-        return (values * arrays["scale"]).reshape(shape)
+        return (self.look_up(codes) * arrays["scale"]).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,8 @@ def search_exponent(weights: Sequence[Tensor], bits: int) -> float:
 
 def _distance(power: Power, weight: Tensor) -> float:
     """‖W − Ŵ‖₂ without packing the codes."""
-    codes, scale = power.round(weight)
-    values = torch.tensor(power.table())[(codes + power.largest).int()]
-    return float((weight.reshape(codes.shape) - values * scale).norm())
+    codes, scale = power.quantize(weight)
+    return float((weight.reshape(codes.shape) - power.look_up(codes) * scale).norm())
 
 
 def _one_per_weight(program: Program, sites: Sequence[Site], result: PassResult) -> list[Site]:

@@ -484,7 +484,6 @@ def test_compiling_leaves_the_original_alone(models, reference):
 # -- the lines below are known not to hold yet -----------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="shape propagation needs the python dispatcher for aten.lstm")
 def test_an_lstm():
     class Recurrent(nn.Module):
         def __init__(self) -> None:

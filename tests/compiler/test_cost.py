@@ -65,7 +65,6 @@ def test_what_is_no_product_costs_nothing(models):
     assert cost(program).macs == 2 * 5 * (32 * 32 + 32 * 48)
 
 
-@pytest.mark.xfail(strict=True, reason="an example batch of one is counted as two")
 def test_macs_are_those_of_the_users_example(models):
     assert cost(capture(models.Mlp(), torch.randn(1, 16))).macs == 16 * 32 + 32 * 8
 

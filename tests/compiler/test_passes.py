@@ -108,7 +108,6 @@ def test_a_pass_describes_itself_in_the_text_form():
     assert registry().pass_class("quantize")().describe() == "quantize:W8A8-dynamic"
 
 
-@pytest.mark.xfail(strict=True, reason="the default of a default_factory is compared with MISSING")
 def test_a_default_factory_is_a_default():
     assert Needy(2).describe() == "needy:rank=2"
 

@@ -277,7 +277,6 @@ def test_a_recipe_that_includes_itself_is_named(tmp_path, refused):
     refused(OptionError, "includes itself", lambda: parse_passes(file))
 
 
-@pytest.mark.xfail(strict=True, reason="the first fields of a site pass are targets and ignore")
 def test_the_bare_value_of_the_text_form_comes_first_in_python_too():
     assert Quantize("W8A16") == one("quantize:W8A16")
     assert PruneNM("4:8") == one("prune_nm:4:8")

@@ -453,6 +453,13 @@ class NoSuchPositional(Halve):
 
 
 @dataclass(frozen=True)
+class MisplacedPositional(Halve):
+    positional: ClassVar[str | None] = "amount"
+
+    amount: int = 3
+
+
+@dataclass(frozen=True)
 class Drifts(Halve):
     def __post_init__(self):
         super().__post_init__()
@@ -641,6 +648,11 @@ PASS_FAULTS = [
         "pass_has_a_place",
         NoSuchPositional(),
         "positional is 'amount', the options are ['targets', 'ignore', 'factor']",
+    ),
+    (
+        "pass_takes_its_positional_first",
+        MisplacedPositional(),
+        "the bare value of the text form sets 'amount', the first argument sets 'factor'",
     ),
     ("pass_text_reads_back", Drifts(), "'halve:0.25' builds Drifts("),
     ("pass_refuses_unknown_options", TakesAnything(), "it takes an option 'no_such_option'"),

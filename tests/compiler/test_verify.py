@@ -119,7 +119,6 @@ def test_a_pass_that_breaks_the_model_is_refused(models, reference, refused, how
     assert "broken" in error.where or how == "nan_output"
 
 
-@pytest.mark.xfail(strict=True, reason="the error of the NaN check does not name the pass")
 def test_the_pass_that_makes_nan_is_named(models, reference, refused):
     error = refused(VerificationError, "is NaN", lambda: reference(models.Mlp(), [Broken("nan_output")], X))
     assert "broken" in error.where
@@ -134,7 +133,6 @@ def test_a_pass_that_undoes_the_sparsity_is_refused(models, reference, refused, 
     assert error.fix == "run this pass before prune_nm, or leave the site out"
 
 
-@pytest.mark.xfail(strict=True, reason="a weight that is no site any more is not checked")
 def test_a_pass_that_changes_a_sparse_weight_behind_its_decode_is_refused(models, reference, refused):
     passes = ["prune_nm:2:4", Broken("behind_the_decode")]
     refused(VerificationError, "'up.weight' was 2:4 sparse", lambda: reference(models.Mlp(), passes, X))
@@ -244,7 +242,6 @@ def test_minus_infinity_in_both_is_no_distance():
     assert measure(program, program.clone(), [[torch.randn(3, 4)]], "noise").worst == 0
 
 
-@pytest.mark.xfail(strict=True, reason="infinite values are left out of the distance on either side")
 def test_an_infinity_that_was_none_is_a_distance():
     class Identity(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
