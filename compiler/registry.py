@@ -58,32 +58,38 @@ class Registry:
             self.manager.register(module, name=f"{distribution}:{entry_point.name}")
             self.manager.check_pending()
         except Exception as error:
-            self._drop(f"{distribution}:{entry_point.name}")
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            self.plugins.append(PluginInfo(entry_point.name, distribution, problem))
-            warnings.warn(
-                f"the paretoc plugin {entry_point.name!r} of {distribution!r} is skipped: {problem}", stacklevel=2
-            )
+            self._skip(entry_point.name, distribution, error)
             return
         self.plugins.append(PluginInfo(entry_point.name, distribution))
 
-    def _drop(self, name: str) -> None:
-        if self.manager.has_plugin(name):
-            self.manager.unregister(name=name)
+    def _skip(self, name: str, distribution: str, error: Exception) -> None:
+        """Forget a broken plugin, and say so."""
+        if self.manager.has_plugin(f"{distribution}:{name}"):
+            self.manager.unregister(name=f"{distribution}:{name}")
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        self.plugins = [p for p in self.plugins if (p.name, p.distribution) != (name, distribution)]
+        self.plugins.append(PluginInfo(name, distribution, problem))
+        warnings.warn(f"the paretoc plugin {name!r} of {distribution!r} is skipped: {problem}", stacklevel=2)
 
     def _collect(self, hook_name: str, key: Callable[[Any], str]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         owner: dict[str, str] = {}
         for implementation in getattr(self.manager.hook, hook_name).get_hookimpls():
-            for item in implementation.function():
-                name = key(item)
+            plugin = str(implementation.plugin_name)
+            try:
+                offered = [(key(item), item) for item in implementation.function()]
+            except Exception as error:
+                distribution, _, name = plugin.partition(":")
+                self._skip(name, distribution, error)
+                continue
+            for name, item in offered:
                 if name in found and found[name] is not item:
                     raise PluginError(
                         f"two plugins offer {name!r} through {hook_name}",
-                        where=f"{owner[name]} and {implementation.plugin_name}",
-                        fix="uninstall one, or disable it: PARETOC_PLUGINS=-" + implementation.plugin_name.split(":")[0],
+                        where=f"{owner[name]} and {plugin}",
+                        fix="uninstall one, or disable it: PARETOC_PLUGINS=-" + plugin.split(":")[0],
                     )
-                found[name], owner[name] = item, implementation.plugin_name
+                found[name], owner[name] = item, plugin
         return found
 
     def find(self, kind: str, table: dict[str, T], name: str, where: str) -> T:

@@ -240,8 +240,8 @@ def residual_adds(program: Program) -> list[fx.Node]:
     """Adds that close a residual branch: one operand lies on every path to the other."""
     adds = []
     for node in program.calls(*ADD):
-        operands = [a for a in operands(node)[:2] if isinstance(a, fx.Node) and a.op == "call_function"]
-        if len(operands) == 2 and any(len(a.users) > 1 for a in operands):
+        summands = [a for a in operands(node)[:2] if isinstance(a, fx.Node) and a.op == "call_function"]
+        if len(summands) == 2 and any(len(a.users) > 1 for a in summands):
             adds.append(node)
     return adds
 

@@ -170,11 +170,11 @@ class _Carry(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         shorter = [p for p in n.all_input_nodes if p.meta.get("tokens")]
-        if shorter and n in self.before:
+        if shorter and n.op == "output":
+            self._refuse(n, f"output {operands(n)[0].index(shorter[0])} has the token axis", "return pooled features only")
+        elif shorter and n in self.before:
             n.meta["tokens"] = self._rule(n)
             self._inherit_size(n, shorter)
-        elif shorter and n.op == "output":
-            self._refuse(n, f"output {operands(n)[0].index(shorter[0])} has the token axis", "return pooled features only")
         value = super().run_node(n)
         n.meta["val"] = value
         return value
