@@ -16,12 +16,13 @@ test: lint types $(VENV)/.sample_plugin
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check
 
-# An editable install is an import hook, which type checkers do not follow: they get an ordinary one. The rest of
-# build/ goes with it, because setuptools would pack files that have been deleted since.
+# An editable install is an import hook, which type checkers do not follow: they get an ordinary one. setuptools
+# would pack what an earlier build/ holds, deleted files included.
 types: $(VENV)/.installed
+	@rm -rf build $(VENV)/types
+	@$(PIP) --no-deps --no-build-isolation --target $(VENV)/types .
 	@rm -rf build
-	@$(PIP) --no-deps --no-build-isolation --target build/types .
-	MYPYPATH=build/types $(RUN) -m mypy --strict -p paretoc
+	MYPYPATH=$(VENV)/types $(RUN) -m mypy --strict -p paretoc
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("paretoc needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -33,6 +33,9 @@ class EagerExecutable:
             rows.append(Row(site.path, str(encoding or "dense"), kernel, False, note="reference, not accelerated"))
         return rows
 
+    def stored_bytes(self) -> int:
+        return sum(t.numel() * t.dtype.itemsize for t in self.program.weights().values())
+
     def save(self, directory: Path) -> dict[str, Any]:
         return Onnx().lower(self.program, {}).save(directory)
 

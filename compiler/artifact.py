@@ -184,6 +184,7 @@ def _dump_interface(interface: Interface) -> dict[str, Any]:
         "leaves": [[kind, _plain(value)] for kind, value in interface.leaves],
         "out": _dump_tree(interface.out_spec),
         "results": [[kind, _plain(value)] for kind, value in interface.results],
+        "defaults": [[name, _plain(value)] for name, value in interface.defaults],
     }
 
 
@@ -240,6 +241,7 @@ def _load_interface(data: dict[str, Any]) -> Interface:
         tuple((kind, value) for kind, value in data["leaves"]),
         pytree.tree_structure(_load_tree(data["out"])),
         tuple((kind, value) for kind, value in data["results"]),
+        tuple((name, value) for name, value in data["defaults"]),
     )
 
 

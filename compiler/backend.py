@@ -37,6 +37,9 @@ class Executable(Protocol):
     def explain(self) -> list[Row]:
         """What runs each site."""
 
+    def stored_bytes(self) -> int:
+        """Bytes of the tensors in the model file: what is on disk and what a session loads."""
+
     def save(self, directory: Path) -> dict[str, Any]:
         """Write the model into a directory; returns what the manifest must remember to load it again."""
 

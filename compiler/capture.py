@@ -7,6 +7,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.fx.graph import CodeGen
 
 from . import dialect  # noqa: F401  # registers the paretoc:: operators that a captured graph may hold
 from .errors import CaptureError
-from .program import Arguments, Interface, Program, describe, forward_parameters, hint, operands
+from .program import Arguments, Interface, Program, describe, forward_defaults, forward_parameters, hint, operands
 from .sites import SDPA
 
 Model = nn.Module | ExportedProgram | fx.GraphModule
@@ -58,6 +59,7 @@ def capture(model: Model, example_inputs: Any = None, dynamic_shapes: Any = None
     with _named_keywords(model, kwargs):
         exported, call = _export(model, (args, kwargs), dynamic_shapes, notes)
         program = _program(exported, call, _parameters(model, args), notes)
+    program.interface = replace(program.interface, defaults=forward_defaults(model))
     given, traced = _batch_size(pytree.tree_leaves((args, kwargs))), _batch_size(pytree.tree_leaves(call))
     program.repeats = traced // given if given and traced else 1
     return program
@@ -317,8 +319,9 @@ def _flatten_outputs(graph: fx.Graph) -> tuple[tuple[str, Any], ...]:
                 where=describe(value),
                 fix="return tensors only",
             )
-        results.append(("tensor", len(tensors)))
-        tensors.append(value)
+        if value not in tensors:
+            tensors.append(value)
+        results.append(("tensor", tensors.index(value)))
     output.args = (tuple(tensors),)
     return tuple(results)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from .backend import Executable, Explanation
 from .calibrate import FlatBatch, gather, read_batches
 from .capture import Model, capture
 from .cost import Cost, cost
-from .errors import CalibrationError, OptionError, ParetocError, PassError
+from .errors import CalibrationError, OptionError, ParetocError, PassError, PluginError
 from .passes import Context, Pass, PassResult, Phase
 from .program import Program
 from .recipe import PassLike, parse_passes
@@ -258,7 +259,7 @@ def _apply(
         )
     gathered = gather(program, statistics, batches, progress.track)
     context = Context(gathered, options.seed, options.target, options.executor, progress.track)
-    hook.before_pass(transform=step, program=program)
+    _observe(hook.before_pass, transform=step, program=program)
     try:
         result = step.apply(program, context)
     except ParetocError:
@@ -269,8 +270,21 @@ def _apply(
             where=f"pass {step.describe()!r}",
             fix="this is a bug in the pass; report it to its author with the traceback above",
         ) from error
-    hook.after_pass(transform=step, program=program, result=result)
+    _observe(hook.after_pass, transform=step, program=program, result=result)
     return program, result
+
+
+def _observe(hook: Callable[..., Any], **facts: Any) -> None:
+    """Tell the plugins that watch; one that fails is an error of that plugin."""
+    try:
+        hook(**facts)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise PluginError(
+            f"a plugin that watches the compilation raised {type(error).__name__}: {error}",
+            where=f"{frame.filename}:{frame.lineno} in {frame.name}",
+            fix="report it to the plugin's author, or disable it: PARETOC_PLUGINS=-NAME",
+        ) from error
 
 
 class Progress:

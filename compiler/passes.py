@@ -120,6 +120,8 @@ def _default(item: dataclasses.Field[Any]) -> Any:
 def _show(value: Any) -> str:
     if isinstance(value, (str, int, float, bool)):
         return str(value)
+    if value is None:
+        return "null"
     if isinstance(value, (tuple, list)):
         return "[" + ",".join(_show(v) for v in value) + "]"
     return type(value).__name__

@@ -48,7 +48,7 @@ class Interface:
 
     `parameters` are the names of the original `forward`; `leaves` lists the flattened inputs, a tensor input by
     its graph name and a specialised constant by its value; `results` lists the flattened outputs, a tensor by its
-    position in the graph output and a constant by its value.
+    position in the graph output and a constant by its value; `defaults` are those of the original `forward`.
     """
 
     parameters: tuple[str, ...]
@@ -56,6 +56,7 @@ class Interface:
     leaves: tuple[tuple[str, Any], ...]
     out_spec: pytree.TreeSpec
     results: tuple[tuple[str, Any], ...]
+    defaults: tuple[tuple[str, Any], ...] = ()
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -72,7 +73,8 @@ class Interface:
             )
         given = self._constants() | dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
         missing = [n for n in (*captured_args, *captured_kwargs) if n not in given]
-        extra = [n for n, v in given.items() if n not in captured_args and n not in captured_kwargs and v is not None]
+        known = {*captured_args, *captured_kwargs}
+        extra = [n for n, v in given.items() if n not in known and v is not None and (n, v) not in self.defaults]
         if missing or extra:
             raise OptionError(
                 f"the call does not match the captured one: missing {missing or 'nothing'}, extra {extra or 'nothing'}",
@@ -467,6 +469,12 @@ def example_shape(node: Any) -> tuple[int, ...]:
 def hint(size: int | torch.SymInt) -> int:
     """A size at the example inputs."""
     return size if isinstance(size, int) else int(size.node.hint)
+
+
+def forward_defaults(model: Any) -> tuple[tuple[str, Any], ...]:
+    """The plain default values of a model's forward parameters."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return tuple((p.name, p.default) for p in parameters if isinstance(p.default, (bool, int, float, str)))
 
 
 def forward_parameters(model: Any) -> tuple[str, ...]:

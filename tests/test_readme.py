@@ -40,20 +40,17 @@ def text() -> str:
     return README.read_text(encoding="utf-8")
 
 
-def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    run_blocks(README)
-    assert sorted(os.listdir("out")) == ["manifest.json", "model.onnx", "report.html", "weights.safetensors"]
-
-
-def test_the_error_shown_is_the_error_raised(
+def test_blocks_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run_blocks(README)
+    assert sorted(os.listdir("out")) == ["manifest.json", "model.onnx", "report.html", "weights.safetensors"]
+    printed = capsys.readouterr().out
+    assert "[16, 14, 12]" in printed and "Sign()" in printed
     code = next(code for _, code in blocks(text, "python") if "ParetocError" in code)
     shown = [line[2:] for line in code.splitlines() if line.startswith("# ")]
-    assert len(shown) == 3 and "\n".join(shown) in capsys.readouterr().out
+    assert len(shown) == 3 and "\n".join(shown) in printed, "the error shown is the error raised"
 
 
 def test_a_block_that_fails_is_found(tmp_path: Path) -> None:

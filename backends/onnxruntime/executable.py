@@ -16,13 +16,13 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from safetensors.numpy import save_file
-from torch import Tensor
+from torch import Tensor, fx
 
 from ...compiler.backend import Row
 from ...compiler.errors import ArtifactError, LoweringError, OptionError
 from ...compiler.inline import inline_decode
-from ...compiler.program import Program
-from ...compiler.sites import SDPA, weight_sites
+from ...compiler.program import Program, operands
+from ...compiler.sites import SDPA, Site, weight_sites
 from .integers import representable
 from .kernels import explain_session
 from .lower import Lowering, required_opset
@@ -52,13 +52,15 @@ class OnnxExecutable:
     @classmethod
     def from_program(cls, program: Program, *, target: str, options: Mapping[str, Any]) -> OnnxExecutable:
         program = program.clone()
-        sites = [[s.path, str(program.encoding(s.weight) or "dense"), s.kind] for s in weight_sites(program)]
+        sites = [
+            [s.path, str(program.encoding(s.weight) or "dense"), s.kind, _activations(s)] for s in weight_sites(program)
+        ]
         encodings = [program.encoding(n) for n in program.calls(torch.ops.paretoc.decode.default)]
         traced = inline_decode(program, representable)
         wants_attention = target == "onnxruntime" and program.calls(*SDPA)
         opset = required_opset(encodings, _ATTENTION_OPSET if wants_attention else _BASE_OPSET)
         model = translate(program, opset)
-        Lowering(model, target, opset).run()
+        Lowering(model, target).run()
         optimise(model, traced)
         settings: dict[str, Any] = {
             "config": {"session.qdq_matmulnbits_accuracy_level": "1"},
@@ -153,6 +155,9 @@ class OnnxExecutable:
     def explain(self) -> list[Row]:
         return explain_session(self._start, self.session_options(), self.settings, self._example())
 
+    def stored_bytes(self) -> int:
+        return _weight_bytes(self.model) if self.model is not None else _file_bytes(self.path)
+
     def _example(self) -> dict[str, np.ndarray[Any, Any]]:
         if self.example:
             tensors = self.example
@@ -196,8 +201,20 @@ class OnnxExecutable:
             ir.save(self.model, path, external_data=f"{path.name}.data")
 
 
+def _activations(site: Site) -> str:
+    """How the input of a site is quantised: "static", "tensor", "token" or not at all."""
+    source = operands(site.node)[0]
+    if not isinstance(source, fx.Node) or "paretoc.fake_quantize" not in str(source.target):
+        return ""
+    return str(source.args[1]) if "dynamic" in str(source.target) else "static"
+
+
 def _nbytes(value: ir.Value) -> int:
     return int(value.const_value.nbytes) if value.const_value is not None else 0
+
+
+def _file_bytes(path: Path | None) -> int:
+    return sum(f.stat().st_size for f in path.parent.glob("*") if f.name in (MODEL, WEIGHTS)) if path else 0
 
 
 def _weight_bytes(model: ir.Model) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,16 @@ import onnxruntime
 
 from ...compiler.backend import Row
 
-#: operator → (what to call it, whether it is a fast integer kernel)
-_KERNELS = {
-    "DynamicQuantizeMatMul": ("DynamicQuantizeMatMul (u8×s8, range per tensor)", True),
-    "MatMulIntegerToFloat": ("MatMulIntegerToFloat (u8×s8)", True),
-    "MatMulInteger": ("MatMulInteger (u8×s8)", True),
-    "QLinearMatMul": ("QLinearMatMul (u8×s8)", True),
-    "QGemm": ("QGemm (u8×s8)", True),
-    "QLinearConv": ("QLinearConv (u8×s8)", True),
-    "ConvInteger": ("ConvInteger (u8×s8)", True),
+#: the fast integer kernels
+_INTEGER = {
+    *("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm"),
+    *("QLinearConv", "ConvInteger"),
 }
+_RANGES = {"static": "static range", "tensor": "range per tensor", "token": "range per token"}
 _FLOATING = {"MatMul": "fp32 MatMul", "Gemm": "fp32 Gemm", "FusedMatMul": "fp32 FusedMatMul", "FusedGemm": "fp32 Gemm"}
 _FLOATING |= {"Conv": "fp32 Conv", "FusedConv": "fp32 FusedConv", "FusedMatMulActivation": "fp32 FusedMatMul"}
-_WEIGHT_OPERATORS = {*_KERNELS, *_FLOATING, "MatMulNBits", "Gather", "GatherBlockQuantized"}
+#: operators that consume a weight, as opposed to decoding it
+_READERS = {*_INTEGER, *_FLOATING, "MatMulNBits", "GatherBlockQuantized"}
 _PROFILE_RUNS = 5
 
 
@@ -46,8 +43,8 @@ def explain_session(
             session.run(None, dict(feeds))
         times = _node_times(Path(session.end_profiling()))
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
-    nodes = _by_site(graph, [path for path, _, _ in settings["sites"]])
-    return [_row(path, encoding, kind, nodes.get(path), times) for path, encoding, kind in settings["sites"] if kind != "norm"]
+    nodes = _by_site(graph, settings["sites"])
+    return [_row(site, nodes.get(site[0]), times) for site in settings["sites"] if site[2] != "norm"]
 
 
 def _node_times(profile: Path) -> dict[str, float]:
@@ -60,35 +57,40 @@ def _node_times(profile: Path) -> dict[str, float]:
     return {name: sorted(durations)[len(durations) // 2] for name, durations in events.items()}
 
 
-def _by_site(graph: onnx.GraphProto, paths: list[str]) -> dict[str, onnx.NodeProto]:
+def _by_site(graph: onnx.GraphProto, sites: Sequence[Sequence[str]]) -> dict[str, onnx.NodeProto]:
     """Site → the node that reads its weight: by the node's name, else by the name of the stored tensor."""
-    known = set(paths)
+    known, kinds = {site[0] for site in sites}, {site[0]: site[2] for site in sites}
     found: dict[str, onnx.NodeProto] = {}
-    produced = {output: node for node in graph.node for output in node.output}
     for node in graph.node:
-        if node.op_type in _WEIGHT_OPERATORS and node.name in known:
+        if node.op_type in (*_READERS, "Gather") and node.name in known:
             found.setdefault(node.name, node)
+    decoded: dict[str, str] = {}  # value computed from stored arrays → the site they belong to
     for node in graph.node:
-        if node.op_type not in _WEIGHT_OPERATORS:
+        owner = next((decoded.get(i) or _owner(i, known) for i in node.input if decoded.get(i) or _owner(i, known)), None)
+        if owner is None:
             continue
-        for name in node.input:
-            producer = produced.get(name)
-            sources = [name, *(producer.input if producer is not None and producer.op_type == "DequantizeLinear" else ())]
-            for source in sources:
-                path = source.partition(".weight")[0]
-                if path in known:
-                    found.setdefault(path, node)
+        if node.op_type in _READERS or (node.op_type == "Gather" and kinds[owner] == "embedding"):
+            found.setdefault(owner, node)
+        else:
+            decoded.update(dict.fromkeys(node.output, owner))
     return found
 
 
-def _row(path: str, encoding: str, kind: str, node: onnx.NodeProto | None, times: Mapping[str, float]) -> Row:
+def _owner(name: str, known: set[str]) -> str | None:
+    """encoder.query.weight.codes → encoder.query, when that is a site."""
+    path, separator, _ = name.partition(".weight")
+    return path if separator and path in known else None
+
+
+def _row(site: Sequence[str], node: onnx.NodeProto | None, times: Mapping[str, float]) -> Row:
+    path, encoding, kind, activations = site
     if node is None:
         return Row(path, encoding, "folded away or fused", False, note="no node of the optimised graph reads its weight")
-    kernel, fast, note = _describe(node, encoding, kind)
+    kernel, fast, note = _describe(node, encoding, kind, activations)
     return Row(path, encoding, kernel, fast, times.get(node.name), note)
 
 
-def _describe(node: onnx.NodeProto, encoding: str, kind: str) -> tuple[str, bool, str]:
+def _describe(node: onnx.NodeProto, encoding: str, kind: str, activations: str) -> tuple[str, bool, str]:
     """(kernel, accelerated, note)"""
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     if node.op_type == "MatMulNBits":
@@ -97,9 +99,8 @@ def _describe(node: onnx.NodeProto, encoding: str, kind: str) -> tuple[str, bool
         activations = "int8 activations" if level == 4 else "floating activations"
         kernel = f"MatMulNBits {bits} bit, block {block}, accuracy level {level} ({activations})"
         return kernel, True, "" if level == 4 else "fast for few rows (decoding); saves memory otherwise"
-    if node.op_type in _KERNELS:
-        kernel, fast = _KERNELS[node.op_type]
-        return kernel, fast, ""
+    if node.op_type in _INTEGER:
+        return f"{node.op_type} (u8×s8, {_RANGES[activations]})", True, ""
     if kind == "embedding":
         return f"{node.op_type} of {'codes' if encoding != 'dense' else 'float rows'}", encoding != "dense", ""
     kernel = _FLOATING.get(node.op_type, node.op_type)

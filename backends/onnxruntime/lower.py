@@ -28,13 +28,12 @@ _BLOCKS = (16, 32, 64, 128, 256)
 
 @dataclass
 class Lowering:
-    """The state of one lowering: the model, the target, and per site what was chosen and why."""
+    """The state of one lowering: the model, the target, the quantised activations and the constants made so far."""
 
     model: ir.Model
     target: str
-    opset: int
-    notes: dict[str, str] = field(default_factory=dict)
     quantised: dict[tuple[ir.Value, str], tuple[ir.Value, ...]] = field(default_factory=dict)
+    made: dict[str, ir.Value] = field(default_factory=dict)
 
     @property
     def contrib(self) -> bool:
@@ -66,12 +65,13 @@ class Lowering:
     # -- building ---------------------------------------------------------------------------------------------------
 
     def constant(self, name: str, value: NDArray[Any], dtype: ir.DataType | None = None) -> ir.Value:
-        """An initializer under a unique name; equal names share one."""
+        """An initializer; asked for again under the same name, it is the same one."""
         graph = self.model.graph
-        if name in graph.initializers:
-            return graph.initializers[name]
+        if name in self.made:
+            return self.made[name]
+        assert name not in graph.initializers, f"{name} is a stored tensor of the model"
         tensor = ir.Tensor(np.array(value, order="C"), dtype=dtype, name=name)
-        graph.initializers[name] = made = ir.Value(
+        graph.initializers[name] = self.made[name] = made = ir.Value(
             name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
         )
         return made
@@ -221,7 +221,7 @@ class Lowering:
         self, node: ir.Node, stored: Integers, site: str, *, axis: int, shape: tuple[int, ...]
     ) -> ir.Value:
         """DequantizeLinear of constant codes: per tensor, per channel on `axis`, or in blocks along `axis`."""
-        kind = "" if axis == 0 and stored.block <= 0 else ".transposed"
+        kind = f".axis{axis}"
         codes = self.constant(f"{site}.weight.codes{kind}", stored.codes.reshape(shape).astype(stored.storage()))
         scale = stored.scale if stored.block > 0 else stored.scale.ravel()
         inputs = [codes, self.constant(f"{site}.weight.scale{kind}", scale if stored.block != -1 else scale.reshape(()))]
@@ -417,8 +417,15 @@ def _stored(node: ir.Node) -> tuple[Any, dict[str, torch.Tensor], tuple[int, ...
                 where=_site(value),
                 fix="a pass computed it in the graph; store it with Program.encode instead",
             )
-        arrays[name] = torch.from_numpy(np.array(value.const_value.numpy()))
+        arrays[name] = _tensor(np.array(value.const_value.numpy()))
     return encoding, arrays, shape
+
+
+def _tensor(array: NDArray[Any]) -> torch.Tensor:
+    """NumPy knows bfloat16 only through ml_dtypes, which PyTorch does not read."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _integers(node: ir.Node) -> Integers | None:

@@ -7,6 +7,7 @@ the domain `paretoc` (see `lower.py`); everything else goes through `torch.onnx.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -184,7 +185,10 @@ def _explained(program: Program, error: Exception) -> LoweringError:
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
     text = "\n".join(str(e) for e in chain)
-    guilty = next((n for n in program.graph.nodes if n.op == "call_function" and str(n.target) in text), None)
+    named = re.search(r"op='\w+\.(\w+)'", text)
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    guilty = next((n for n in calls if str(n.target) in text), None)
+    guilty = guilty or next((n for n in calls if named and named.group(1) in str(n.target)), None)
     first = next((ln.strip() for ln in str(chain[-1]).splitlines() if ln.strip()), type(error).__name__)
     place = describe(guilty) if guilty is not None and source_line(guilty) else "exporting to ONNX"
     return LoweringError(

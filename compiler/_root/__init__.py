@@ -24,7 +24,13 @@ _PUBLIC = {
     "Dense": "encodings",
     "Affine": "encodings",
     "NM": "encodings",
+    "Arrays": "encodings",
+    "Fit": "encodings",
     "parse_encoding": "encodings",
+    "pack": "encodings",
+    "unpack": "encodings",
+    "packed_size": "encodings",
+    "Site": "sites",
     "TokenRule": "protocols",
     "TokenState": "protocols",
     "Reduced": "protocols",
@@ -61,9 +67,14 @@ if TYPE_CHECKING:
     from paretoc.compiler.driver import compile as compile
     from paretoc.compiler.encodings import NM as NM
     from paretoc.compiler.encodings import Affine as Affine
+    from paretoc.compiler.encodings import Arrays as Arrays
     from paretoc.compiler.encodings import Dense as Dense
     from paretoc.compiler.encodings import Encoding as Encoding
+    from paretoc.compiler.encodings import Fit as Fit
+    from paretoc.compiler.encodings import pack as pack
+    from paretoc.compiler.encodings import packed_size as packed_size
     from paretoc.compiler.encodings import parse_encoding as parse_encoding
+    from paretoc.compiler.encodings import unpack as unpack
     from paretoc.compiler.errors import ArtifactError as ArtifactError
     from paretoc.compiler.errors import CalibrationError as CalibrationError
     from paretoc.compiler.errors import CaptureError as CaptureError
@@ -87,6 +98,7 @@ if TYPE_CHECKING:
     from paretoc.compiler.protocols import TokenRule as TokenRule
     from paretoc.compiler.protocols import TokenState as TokenState
     from paretoc.compiler.report import Report as Report
+    from paretoc.compiler.sites import Site as Site
     from paretoc.compiler.statistics import Statistic as Statistic
     from paretoc.passes import Canonicalize as Canonicalize
     from paretoc.passes import MergeModels as MergeModels

@@ -5,6 +5,7 @@ from .affine import Affine
 from .base import Arrays, Encoding, Fit, parse_encoding, register_encoding, registered_encodings
 from .dense import Dense
 from .nm import NM
+from .packing import pack, packed_size, unpack
 
 __all__ = [
     "NM",
@@ -13,9 +14,12 @@ __all__ = [
     "Dense",
     "Encoding",
     "Fit",
+    "pack",
+    "packed_size",
     "parse_encoding",
     "register_encoding",
     "registered_encodings",
+    "unpack",
 ]
 
 

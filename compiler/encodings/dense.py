@@ -25,6 +25,16 @@ class Dense(Encoding):
                 f"Dense stores no {self.dtype!r}", where="Dense(dtype=…)", fix="use " + ", ".join(_DTYPES)
             )
 
+    def check(self, weight: Tensor) -> None:
+        super().check(weight)
+        peak, limit = float(weight.abs().max()), torch.finfo(_DTYPES[self.dtype]).max
+        if peak > limit:
+            raise OptionError(
+                f"{self.dtype} ends at {limit:g}, the largest weight is {peak:g}",
+                where=f"a weight of shape {list(weight.shape)}",
+                fix="use bfloat16 or float32",
+            )
+
     def layout(self, shape: Shape) -> dict[str, tuple[Shape, torch.dtype]]:
         return {"values": (shape, _DTYPES[self.dtype])}
 

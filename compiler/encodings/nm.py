@@ -8,6 +8,7 @@ For a convolution `[O, I, kh, kw]` the groups run along `I`, as the hardware wan
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import combinations
 from math import comb, prod
 from typing import ClassVar
@@ -19,6 +20,11 @@ from ..errors import OptionError
 from .base import Arrays, Encoding, Fit, Shape
 from .dense import Dense
 from .packing import pack, packed_size, unpack
+
+
+@cache
+def _patterns(n: int, m: int) -> Tensor:
+    return torch.tensor(list(combinations(range(m), n)))
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class NM(Encoding):
 
     def patterns(self) -> Tensor:
         """All kept-position tuples, int64 `[C(m, n), n]`, in lexicographic order."""
-        return torch.tensor(list(combinations(range(self.m), self.n)))
+        return _patterns(self.n, self.m)
 
     def _channels_last(self, weight: Tensor) -> Tensor:
         """`[O, I, …]` → rows of groups `[O·…, I/m, m]`."""

@@ -24,15 +24,19 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """uint8 `[..., ceil(count·bits/8)]` → int32 codes `[..., count]`. Written to trace and export."""
-    values = packed.to(torch.int32)
+    """uint8 `[..., ceil(count·bits/8)]` → int32 codes `[..., count]`.
+
+    Every byte is looked up in a table of the codes (or of the bits) it holds: exports as one Gather, where shifts
+    would be ten ONNX operators.
+    """
     if bits == 8:
-        return values
-    if 8 % bits == 0:
-        per_byte = 8 // bits
-        shifts = torch.arange(per_byte, device=packed.device, dtype=torch.int32) * bits
-        mask = (1 << bits) - 1
-        return ((values.unsqueeze(-1) >> shifts) & mask).flatten(-2)[..., :count]
-    stream = ((values.unsqueeze(-1) >> torch.arange(8, device=packed.device, dtype=torch.int32)) & 1).flatten(-2)
-    codes = stream[..., : count * bits].reshape(*stream.shape[:-1], count, bits)
-    return (codes << torch.arange(bits, device=packed.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+        return packed.to(torch.int32)
+    field = bits if 8 % bits == 0 else 1
+    table = [[byte >> low & (1 << field) - 1 for low in range(0, 8, field)] for byte in range(256)]
+    fields = torch.tensor(table, dtype=torch.uint8, device=packed.device).index_select(0, packed.flatten().int())
+    fields = fields.reshape(*packed.shape[:-1], -1).to(torch.int32)
+    if field == bits:
+        return fields[..., :count]
+    places = torch.tensor([1 << place for place in range(bits)], dtype=torch.int32, device=packed.device)
+    stream = fields[..., : count * bits].reshape(*packed.shape[:-1], count, bits)
+    return (stream * places).sum(-1, dtype=torch.int32)

@@ -249,8 +249,7 @@ def test_convolution_depthwise_and_linear_take_their_norm_in(models):
     assert set(program.weights()) == {f"{n}.{k}" for n in ("stem", "depthwise", "head") for k in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("bias", "affine"), [(True, False), (False, True)], ids=["bias", "affine"])
 @pytest.mark.parametrize(
     ("convolution", "norm", "example"),
     [

@@ -220,16 +220,17 @@ def test_merging_and_quantising(family, reference):
 
 
 def test_other_architectures_are_refused(models, reference, refused):
-    small, deep, wide = models.Vit(depth=1), models.Vit(depth=2), models.Vit(depth=1, width=32)
-    x = torch.randn(2, 16, 12)
-    more = "models[0] is of another architecture: it has 'blocks.1.attention.out.bias', which this model has not"
-    error = refused(PassError, more, lambda: reference(small, [MergeModels(models=(deep,))], x))
-    assert error.where == "pass 'merge_models' (0 missing, 12 extra, 0 of other shape)"
-    fewer = "models[0] is of another architecture: it lacks 'blocks.1.attention.out.bias'"
-    refused(PassError, fewer, lambda: reference(deep, [MergeModels(models=(small,))], x))
-    width = "models[1] is of another architecture: 'position' has shape [1, 16, 32], here [1, 16, 16]"
-    refused(PassError, width, lambda: reference(small, [MergeModels(models=(models.Vit(depth=1), wide))], x))
-    refused(PassError, "it lacks", lambda: reference(small, [MergeModels(models=({},))], x))
+    small = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+    deep = nn.Sequential(*small, nn.Linear(16, 16))
+    wide = nn.Sequential(nn.Linear(16, 32))
+    more = "models[0] is of another architecture: it has '2.bias', which this model has not"
+    error = refused(PassError, more, lambda: reference(small, [MergeModels(models=(deep,))], X))
+    assert error.where == "pass 'merge_models' (0 missing, 2 extra, 0 of other shape)"
+    fewer = "models[0] is of another architecture: it lacks '2.bias'"
+    refused(PassError, fewer, lambda: reference(deep, [MergeModels(models=(small,))], X))
+    width = "models[1] is of another architecture: '0.weight' has shape [32, 16], here [16, 16]"
+    refused(PassError, width, lambda: reference(small, [MergeModels(models=(small, wide))], X))
+    refused(PassError, "it lacks '0.bias'", lambda: reference(small, [MergeModels(models=({},))], X))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

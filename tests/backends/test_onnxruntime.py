@@ -1,0 +1,205 @@
+"""The ONNX backends against the eager reference, and the traps of ONNX Runtime, each with a test."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import paretoc as pc
+
+
+class Net(nn.Module):
+    """One site of every kind that holds a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 64)
+        self.mix = nn.Conv1d(64, 64, 3, padding=1)
+        self.up = nn.Linear(64, 128)
+        self.down = nn.Linear(128, 64, bias=False)
+        self.norm = nn.LayerNorm(64)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        x = x + self.mix(x.transpose(1, 2)).transpose(1, 2)
+        return self.norm(x + self.down(nn.functional.gelu(self.up(x))))
+
+
+IDS = torch.arange(24).reshape(2, 12) % 50
+RECIPES = [
+    ["quantize:W8A16,embeddings=true"],
+    ["quantize:W8A16,symmetric=false,embeddings=true"],
+    ["quantize:W4A16,group_size=32"],
+    ["quantize:W4A16,group_size=32,symmetric=false"],
+    ["quantize:W4A16,group_size=64"],
+    ["quantize:W8A8-dynamic,embeddings=true"],
+    ["quantize:W8A8-dynamic,granularity=token,targets=Linear"],
+    ["quantize:W8A8,embeddings=true"],
+    ["prune_nm:2:4"],
+    ["prune_nm:2:4", "quantize:W4A16,group_size=32"],
+    ["prune_nm:2:4", "quantize:W4A16,group_size=32,symmetric=false"],
+    ["prune_nm:1:4", "quantize:W8A8-dynamic"],
+    ["powerquant:bits=4"],
+]
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def build(net: nn.Module, recipe: list[str], target: str = "onnxruntime") -> pc.CompiledModel:
+    return pc.compile(net, recipe, example_inputs=IDS, calibration=[IDS], target=target)
+
+
+def operators(compiled: pc.CompiledModel, tmp_path: Path) -> collections.Counter[str]:
+    compiled.export_onnx(tmp_path / "model.onnx")
+    return collections.Counter(n.op_type for n in onnx.load(tmp_path / "model.onnx").graph.node)
+
+
+def optimised(compiled: pc.CompiledModel, tmp_path: Path) -> onnx.ModelProto:
+    """What ONNX Runtime makes of the model when a session starts."""
+    executable = compiled._compiled().executable
+    options = executable.session_options()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    executable._start(options)
+    return onnx.load(tmp_path / "optimised.onnx")
+
+
+@pytest.mark.parametrize("target", ["onnx", "onnxruntime"])
+@pytest.mark.parametrize("recipe", RECIPES, ids=" + ".join)
+def test_equals_the_eager_reference(net: Net, recipe: list[str], target: str) -> None:
+    compiled = build(net, recipe, target)
+    for batch in (1, 2, 5):
+        ids = torch.arange(batch * 7).reshape(batch, 7) % 50
+        # float32 sums in another order, and with 8-bit activations a rounding that falls the other way
+        tolerance = 2e-2 if "A8" in str(recipe) else 1e-4
+        torch.testing.assert_close(compiled(ids), compiled.program(ids), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=" + ".join)
+def test_the_portable_file_holds_standard_operators_only(net: Net, recipe: list[str], tmp_path: Path) -> None:
+    build(net, recipe, "onnx").export_onnx(tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert {entry.domain for entry in model.opset_import} == {""}
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert session.run(None, {"ids": IDS.numpy()})[0].shape == (2, 12, 64)
+
+
+def test_the_opset_is_the_lowest_that_holds_the_encodings(net: Net, tmp_path: Path) -> None:
+    def opset(recipe: list[str]) -> int:
+        build(net, recipe, "onnx").export_onnx(tmp_path / "model.onnx")
+        return onnx.load(tmp_path / "model.onnx").opset_import[0].version
+
+    assert opset([]) == opset(["quantize:W8A8-dynamic"]) == 18
+    assert opset(["quantize:W4A16"]) == 21
+
+
+def test_four_bit_weights_keep_floating_activations(net: Net, tmp_path: Path) -> None:
+    """ONNX Runtime fuses DequantizeLinear + MatMul to MatMulNBits with int8 activations unless told otherwise."""
+    compiled = build(net, ["quantize:W4A16"], "onnx")
+    levels = [
+        attribute.i
+        for node in optimised(compiled, tmp_path).graph.node
+        if node.op_type == "MatMulNBits"
+        for attribute in node.attribute
+        if attribute.name == "accuracy_level"
+    ]
+    assert levels and set(levels) <= {0, 1}
+    executable = compiled._compiled().executable
+    executable.settings["config"] = {}
+    executable.__dict__.pop("session", None)
+    changed = (compiled(IDS) - compiled.program(IDS)).abs().max()
+    assert changed > 1e-4, "without the option the trap is open: this test must see it"
+
+
+def test_static_activations_are_unsigned(net: Net, tmp_path: Path) -> None:
+    """s8×s8 matmul has no fast path on x86 without AMX."""
+    build(net, ["quantize:W8A8"], "onnx").export_onnx(tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    stored = {i.name: i.data_type for i in model.graph.initializer}
+    integer = [n for n in model.graph.node if n.op_type in ("MatMulInteger", "ConvInteger")]
+    assert integer
+    for node in integer:
+        assert stored[node.input[1]] == onnx.TensorProto.INT8
+        assert stored[node.input[2]] == onnx.TensorProto.UINT8
+
+
+def test_traced_codes_are_not_made_dense_at_load(net: Net, tmp_path: Path) -> None:
+    """Constant folding would replace Gather-decoded codes by dense float weights."""
+    compiled = build(net, ["powerquant:bits=4"])
+
+    def stored_bytes() -> int:
+        return sum(len(onnx.numpy_helper.to_array(i).tobytes()) for i in optimised(compiled, tmp_path).graph.initializer)
+
+    lazy = stored_bytes()
+    compiled._compiled().executable.settings["disabled_optimizers"] = []
+    assert stored_bytes() > lazy + 64 * 128 * 4, "without the option the trap is open: this test must see it"
+
+
+def test_explain_says_which_dynamic_scheme_runs(net: Net) -> None:
+    per_tensor = {r.site: r for r in build(net, ["quantize:W8A8-dynamic"]).explain().rows}
+    per_token = {r.site: r for r in build(net, ["quantize:W8A8-dynamic,granularity=token,targets=Linear"]).explain().rows}
+    assert per_tensor["up"].kernel == "DynamicQuantizeMatMul (u8×s8, range per tensor)"
+    assert per_token["up"].kernel == "MatMulInteger (u8×s8, range per token)"
+    assert per_tensor["up"].accelerated and per_token["up"].accelerated
+    assert per_tensor["up"].milliseconds is not None and per_tensor["up"].milliseconds >= 0
+
+
+def test_explain_admits_what_is_not_accelerated(net: Net) -> None:
+    rows = {r.site: r for r in build(net, ["prune_nm:2:4"]).explain().rows}
+    assert rows["up"].kernel == "fp32 MatMul" and not rows["up"].accelerated
+    assert "no n:m kernel" in rows["up"].note
+    dense = {r.site: r for r in build(net, []).explain().rows}
+    assert dense["up"].encoding == "dense" and not dense["up"].accelerated
+
+
+def test_quantised_weights_are_stored_quantised(net: Net, tmp_path: Path) -> None:
+    build(net, ["quantize:W4A16,embeddings=true"]).export_onnx(tmp_path / "model.onnx")
+    for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer:
+        if np.prod(tensor.dims) >= 64 * 50:
+            is_conv = tensor.name == "mix.weight"
+            assert is_conv or tensor.data_type in (onnx.TensorProto.UINT8, onnx.TensorProto.INT8), tensor.name
+
+
+def test_one_quantiser_serves_all_readers() -> None:
+    class Siblings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.q(x) + self.k(x)
+
+    compiled = pc.compile(Siblings().eval(), ["quantize"], example_inputs=torch.randn(2, 3, 32))
+    types = collections.Counter(n.op_type for n in compiled._compiled().executable.model.graph)
+    assert types["DynamicQuantizeLinear"] == 1
+    assert types["MatMulIntegerToFloat"] == 2
+
+
+def test_wrong_dtype_and_fixed_axes_are_refused(net: Net) -> None:
+    compiled = build(net, [])
+    with pytest.raises(pc.OptionError, match="dtype"):
+        compiled(IDS.int())
+    conv = pc.compile(nn.Conv2d(3, 4, 3), [], example_inputs=torch.randn(2, 3, 8, 8))
+    with pytest.raises(pc.OptionError, match="do not fit"):
+        conv(torch.randn(2, 4, 8, 8))
+
+
+def test_an_unsupported_operator_is_named() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.bessel_j0(x)
+
+    with pytest.raises(pc.LoweringError, match="cannot be exported") as caught:
+        pc.compile(Odd(), [], example_inputs=torch.randn(2, 3))
+    assert "test_onnxruntime.py" in caught.value.where
