@@ -53,5 +53,7 @@ class Eager:
 
     def load(self, directory: Path, settings: Mapping[str, Any]) -> Executable:
         raise ArtifactError(
-            "an artifact holds no PyTorch graph", where=str(directory), fix="load it with target 'onnx' or 'onnxruntime'"
+            "an artifact holds no PyTorch graph",
+            where=str(directory),
+            fix="load it with target 'onnx' or 'onnxruntime'",
         )

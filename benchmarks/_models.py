@@ -114,4 +114,6 @@ def stories(folder: Path) -> Iterator[Tensor]:
     data = np.load(folder / "stories260k" / "stories_tokens.npz")
     ends = np.cumsum(data["lengths"])
     for index in range(300, 400):
-        yield torch.from_numpy(data["tokens"][ends[index] - data["lengths"][index] : ends[index]].astype(np.int64))[None]
+        yield torch.from_numpy(data["tokens"][ends[index] - data["lengths"][index] : ends[index]].astype(np.int64))[
+            None
+        ]

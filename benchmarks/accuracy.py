@@ -1,6 +1,6 @@
 """What the schemes cost in accuracy, on real weights and data, run on ONNX Runtime.
 
-    python benchmarks/accuracy.py minilm | resnet | stories [--data DIR]
+python benchmarks/accuracy.py minilm | resnet | stories [--data DIR]
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import paretoc as pc
 import torch
 from _models import Resnet, arguments, cifar, data_folder, embed, minilm, stories, sts
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
-
-import paretoc as pc
 
 MINILM = {
     "fp32": [],
@@ -54,7 +53,9 @@ def run_minilm(folder: Path) -> None:
         compiled = pc.compile(model, passes, example_inputs=calibration[0], calibration=calibration)
         size = size_on_disk(compiled)
         reference = reference or size
-        print(f"{label:34s} Spearman {spearman(compiled):.4f}  {size / 1e6:7.2f} MB  {size / reference:.4f}", flush=True)
+        print(
+            f"{label:34s} Spearman {spearman(compiled):.4f}  {size / 1e6:7.2f} MB  {size / reference:.4f}", flush=True
+        )
 
 
 def run_resnet(folder: Path) -> None:
@@ -71,7 +72,9 @@ def run_resnet(folder: Path) -> None:
             got = torch.cat([compiled(x).argmax(-1) for x in images.split(256)]) == labels
             change = got.float() - right.float()
             error = change.std() / len(change) ** 0.5
-            print(f"  {text:28s} top-1 {got.float().mean():.4f}  paired change {change.mean() * 100:+.2f} ± {error * 100:.2f} points")
+            print(
+                f"  {text:28s} top-1 {got.float().mean():.4f}  paired change {change.mean() * 100:+.2f} ± {error * 100:.2f} points"
+            )
 
 
 def run_stories(folder: Path) -> None:

@@ -159,7 +159,11 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{MANIFEST} cannot be read: {error}", where=str(directory), fix="save the artifact again"
         ) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or not isinstance(manifest.get("files"), dict)
+    ):
         raise ArtifactError(
             f"{MANIFEST} is not of format {FORMAT}", where=str(directory), fix="save the artifact with this version"
         )

@@ -7,8 +7,8 @@ import os
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -183,7 +183,9 @@ def _widen_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     if _batch_size(leaves) != 1:
         return args, kwargs
     wide = [
-        leaf.repeat(2, *[1] * (leaf.ndim - 1)) if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 1 else leaf
+        leaf.repeat(2, *[1] * (leaf.ndim - 1))
+        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 1
+        else leaf
         for leaf in leaves
     ]
     return pytree.tree_unflatten(wide, spec)  # type: ignore[no-any-return]
@@ -302,7 +304,9 @@ def _check_inference(graph: fx.Graph) -> None:
             what = f"the model changes its own {args[0].target!r} while it runs"
         else:
             continue
-        raise CaptureError(what, where=describe(node), fix="call model.eval() first; a model with state cannot be compiled")
+        raise CaptureError(
+            what, where=describe(node), fix="call model.eval() first; a model with state cannot be compiled"
+        )
 
 
 def _flatten_outputs(graph: fx.Graph) -> tuple[tuple[str, Any], ...]:

@@ -30,9 +30,7 @@ _MODEL_HELP = (
     "module:callable, which returns the model, (model, example) or (model, example, calibration); "
     "or a Hugging Face directory"
 )
-_ARRAYS_HELP = (
-    "a .npz or .safetensors file whose arrays are named like the model's inputs (float64 becomes float32)"
-)
+_ARRAYS_HELP = "a .npz or .safetensors file whose arrays are named like the model's inputs (float64 becomes float32)"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,12 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(
-    verbs: Any, name: str, run: Callable[[argparse.Namespace], None], text: str
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}."
-    )
+def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run)
     return parser
@@ -94,9 +88,7 @@ def _compile_verb(verbs: Any) -> None:
     parser = _verb(verbs, "compile", _compile, "compile a model, print the report and save the artifact")
     _model_arguments(parser, _MODEL_HELP, required=True)
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="where the artifact goes")
-    parser.add_argument(
-        "--html", metavar="FILE", type=Path, help="write the report, latencies included, as a page"
-    )
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write the report, latencies included, as a page")
 
 
 def _explain_verb(verbs: Any) -> None:
@@ -105,9 +97,7 @@ def _explain_verb(verbs: Any) -> None:
 
 
 def _bench_verb(verbs: Any) -> None:
-    parser = _verb(
-        verbs, "bench", _bench, "measure latency, compiled against uncompressed and PyTorch, interleaved"
-    )
+    parser = _verb(verbs, "bench", _bench, "measure latency, compiled against uncompressed and PyTorch, interleaved")
     _model_arguments(parser, f"{_MODEL_HELP}, or a saved artifact")
     parser.add_argument("--runs", type=_positive, default=20, help="timed calls of each contender (20)")
     parser.add_argument("--threads", type=_positive, help="threads of PyTorch and of the backend")
@@ -156,10 +146,7 @@ def _compile(arguments: argparse.Namespace) -> None:
     _show(report)
     if arguments.html:
         report.to_html(arguments.html)
-    files = [
-        f"{file.name} {quantity(file.stat().st_size, 'B')}"
-        for file in sorted(Path(arguments.output).iterdir())
-    ]
+    files = [f"{file.name} {quantity(file.stat().st_size, 'B')}" for file in sorted(Path(arguments.output).iterdir())]
     print(f"saved in {arguments.output}: {', '.join(files)}")
 
 

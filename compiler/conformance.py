@@ -46,14 +46,10 @@ def require_frozen(value: Any) -> None:
     try:
         hash(value)
     except TypeError as error:
-        raise ConformanceError(
-            f"it cannot be hashed: {error}", fix="use tuples where it has lists"
-        ) from error
+        raise ConformanceError(f"it cannot be hashed: {error}", fix="use tuples where it has lists") from error
 
 
 def same(a: Iterable[Tensor], b: Iterable[Tensor]) -> bool:
     """The same dtypes, shapes and bits."""
     a, b = list(a), list(b)
-    return len(a) == len(b) and all(
-        x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True)
-    )
+    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -59,7 +59,11 @@ def parameter_count(program: Program) -> int:
     for node in program.graph.nodes:
         encoding = program.encoding(node)
         if encoding is not None:
-            total += prod(operands(node)[2]) * encoding.n // encoding.m if isinstance(encoding, NM) else prod(operands(node)[2])
+            total += (
+                prod(operands(node)[2]) * encoding.n // encoding.m
+                if isinstance(encoding, NM)
+                else prod(operands(node)[2])
+            )
         elif node.op == "get_attr" and not any(program.encoding(u) is not None for u in node.users):
             value = program.get(str(node.target))
             total += value.numel() if value.is_floating_point() else 0

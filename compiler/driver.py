@@ -171,15 +171,15 @@ def compile(
     registry().backend(target)
     if tune is not None:
         raise OptionError(
-            "tune= is not supported yet", where="compile", fix="fine-tune the model before compiling it, and leave tune out"
+            "tune= is not supported yet",
+            where="compile",
+            fix="fine-tune the model before compiling it, and leave tune out",
         )
     if calibration is not None and hasattr(calibration, "__next__"):
         calibration = list(calibration)
     if example_inputs is None and calibration is not None and not isinstance(model, torch.export.ExportedProgram):
         example_inputs = _first_batch(model, calibration)
-    options = Options(
-        example_inputs, dynamic_shapes, calibration, target, metric, seed, verify, progress, executor
-    )
+    options = Options(example_inputs, dynamic_shapes, calibration, target, metric, seed, verify, progress, executor)
     compiled = CompiledModel(model, chosen, options)
     if example_inputs is not None or isinstance(model, torch.export.ExportedProgram):
         compiled._compiled()

@@ -155,9 +155,7 @@ def nbytes_is_exact(stored: Stored) -> None:
     """`nbytes` is what the arrays take in memory, to the byte."""
     real = sum(array.numel() * array.element_size() for array in stored.arrays.values())
     told = stored.encoding.nbytes(stored.shape)
-    require(
-        told == real, f"nbytes says {told}, the arrays take {real} bytes", "leave nbytes to the base class"
-    )
+    require(told == real, f"nbytes says {told}, the arrays take {real} bytes", "leave nbytes to the base class")
 
 
 def decode_is_finite(stored: Stored) -> None:
@@ -168,9 +166,7 @@ def decode_is_finite(stored: Stored) -> None:
         f"a weight of shape {list(stored.shape)} decodes to {list(decoded.shape)}",
         "reshape to the shape that decode is given",
     )
-    require(
-        decoded.is_floating_point(), f"it decodes to {decoded.dtype}", "decode to the dtype of the scales"
-    )
+    require(decoded.is_floating_point(), f"it decodes to {decoded.dtype}", "decode to the dtype of the scales")
     bad = int((~torch.isfinite(decoded)).sum())
     require(
         bad == 0,

@@ -145,9 +145,7 @@ def _latency(report: Report) -> Markup:
     for key, name in contenders(report):
         timed = report.latency[key]
         rows.append((name, f"{timed.median:.2f}", f"{timed.minimum:.2f}", timed.runs))
-    text = (
-        f"One call at the example inputs, interleaved in one run; original and compiled on {report.target}."
-    )
+    text = f"One call at the example inputs, interleaved in one run; original and compiled on {report.target}."
     headings = ("contender", "median, ms", "minimum, ms", "runs")
     return _section("Latency", tag("p", text), _table(headings, rows))
 

@@ -105,9 +105,7 @@ def pass_refuses_unknown_options(transform: Pass) -> None:
         build_pass(type(transform), {**transform.options(), "no_such_option": 1})
     except OptionError:
         return
-    raise ConformanceError(
-        "it takes an option 'no_such_option'", fix="declare options as fields of the dataclass"
-    )
+    raise ConformanceError("it takes an option 'no_such_option'", fix="declare options as fields of the dataclass")
 
 
 # -- the default models -------------------------------------------------------------------------------------
@@ -263,9 +261,7 @@ def original_is_untouched(trial: Trial) -> None:
         "use program.set(name, new_tensor) instead of an operation in place",
     )
     unchanged = str(trial.before.graph) == trial.graph and same(trial.outputs, trial.before.run(trial.inputs))
-    require(
-        unchanged, "the graph of the original program changed", "rewrite only the program that apply is given"
-    )
+    require(unchanged, "the graph of the original program changed", "rewrite only the program that apply is given")
 
 
 def pass_is_deterministic(trial: Trial) -> None:
@@ -341,11 +337,7 @@ def _is_recorded(node: fx.Node, value: Any) -> bool:
     if not isinstance(value, Tensor):
         return True
     recorded = node.meta.get("val")
-    return (
-        isinstance(recorded, Tensor)
-        and recorded.dtype == value.dtype
-        and example_shape(node) == tuple(value.shape)
-    )
+    return isinstance(recorded, Tensor) and recorded.dtype == value.dtype and example_shape(node) == tuple(value.shape)
 
 
 def clone_is_equal(trial: Trial) -> None:

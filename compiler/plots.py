@@ -121,9 +121,7 @@ def _tokens(was: Sequence[int], now: Sequence[int]) -> Markup:
     return _columns("Tokens in each attention layer, original and compiled", bars, was, "{:g}".format)
 
 
-def _columns(
-    caption: str, bars: Sequence[Bar], ghosts: Sequence[float], show: Callable[[float], str]
-) -> Markup:
+def _columns(caption: str, bars: Sequence[Bar], ghosts: Sequence[float], show: Callable[[float], str]) -> Markup:
     """Upright bars to one scale, `ghosts` paler behind them; labels and counts where there is room."""
     left, bottom, height = 62, 160, 140
     highest = _largest((*ghosts, *(bar.value for bar in bars)))

@@ -232,7 +232,8 @@ class Program:
             module,
             self.interface,
             self.example,
-            [dict(d) for d in self.dynamic], list(self.notes),
+            [dict(d) for d in self.dynamic],
+            list(self.notes),
             self.state_names,
             self.repeats,
         )
@@ -332,10 +333,7 @@ class Program:
     def stored_arrays(self, node: fx.Node) -> dict[str, Tensor]:
         """The named arrays an encoded weight is stored as."""
         prefix = str(node.meta["parameter"]) + "."
-        return {
-            str(a.target).removeprefix(prefix): self.get(str(a.target))
-            for a in operands(node)[0]
-        }
+        return {str(a.target).removeprefix(prefix): self.get(str(a.target)) for a in operands(node)[0]}
 
     def encode(self, weight: fx.Node, encoding: Encoding, arrays: Mapping[str, Tensor]) -> fx.Node:
         """Replace a weight operand, at all its consumers, by `decode(arrays)`; returns the decode node."""

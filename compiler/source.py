@@ -147,9 +147,7 @@ def made_up_inputs(model: Any, name: str) -> dict[str, Tensor]:
     taken, config = forward_parameters(model), model.config
     generator = torch.Generator().manual_seed(0)
     inputs: dict[str, Tensor] = {}
-    if "pixel_values" in taken and (
-        model.main_input_name == "pixel_values" or hasattr(model, "get_text_features")
-    ):
+    if "pixel_values" in taken and (model.main_input_name == "pixel_values" or hasattr(model, "get_text_features")):
         inputs["pixel_values"] = torch.randn(_image_shape(config), generator=generator)
     if model.main_input_name == "input_features":
         shape = (_SAMPLES, config.num_mel_bins, 2 * config.max_source_positions)
@@ -232,9 +230,7 @@ def read_batches(file: Path) -> list[Any]:
             fix="give arrays whose first axes have one length, at least one sample",
         )
     starts = range(0, lengths.pop(), BATCH)
-    return [
-        as_inputs({name: array[start : start + BATCH] for name, array in arrays.items()}) for start in starts
-    ]
+    return [as_inputs({name: array[start : start + BATCH] for name, array in arrays.items()}) for start in starts]
 
 
 # -- what is said about them ----------------------------------------------------------------------------------

@@ -65,9 +65,7 @@ def check_encoding(
                 run(rules, stored, f"{encoding}, {kind} weights of shape {list(shape)}")
     for target in targets:
         layer = Lowered(encoding, accepted[0], seed, target)
-        run(
-            TARGET_RULES, layer, f"{encoding}, a linear layer of shape {list(accepted[0])}, target {target!r}"
-        )
+        run(TARGET_RULES, layer, f"{encoding}, a linear layer of shape {list(accepted[0])}, target {target!r}")
 
 
 def check_pass(

@@ -171,7 +171,9 @@ class _Carry(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         shorter = [p for p in n.all_input_nodes if p.meta.get("tokens")]
         if shorter and n.op == "output":
-            self._refuse(n, f"output {operands(n)[0].index(shorter[0])} has the token axis", "return pooled features only")
+            self._refuse(
+                n, f"output {operands(n)[0].index(shorter[0])} has the token axis", "return pooled features only"
+            )
         elif shorter and n in self.before:
             n.meta["tokens"] = self._rule(n)
             self._inherit_size(n, shorter)
@@ -194,7 +196,9 @@ class _Carry(fx.Interpreter):
         if target in _POINTWISE:
             return self._pointwise(node)
         if target in _PER_ROW and self._rank(first) - 1 in _tokens(first):
-            self._refuse(node, "tokens lie on the axis that it sums over", "a projection along tokens fixes their number")
+            self._refuse(
+                node, "tokens lie on the axis that it sums over", "a projection along tokens fixes their number"
+            )
         if target is operator.getitem or target in _PER_ROW:
             return _tokens(first)
         if target in SDPA:
@@ -206,7 +210,10 @@ class _Carry(fx.Interpreter):
         rank = self._rank(first)
         axes: frozenset[int] = first.meta["tokens"]
         if target is aten.transpose.int:
-            swap = {operands(node)[1] % rank: operands(node)[2] % rank, operands(node)[2] % rank: operands(node)[1] % rank}
+            swap = {
+                operands(node)[1] % rank: operands(node)[2] % rank,
+                operands(node)[2] % rank: operands(node)[1] % rank,
+            }
             return frozenset(swap.get(a, a) for a in axes)
         if target is aten.permute.default:
             order = [d % rank for d in operands(node)[1]]
@@ -276,7 +283,9 @@ class _Carry(fx.Interpreter):
         rank = self._rank(left)
         a, b = left.meta.get("tokens", frozenset()), right.meta.get("tokens", frozenset())
         if (rank - 1 in a) != (rank - 2 in b):
-            self._refuse(node, "a product over tokens meets a fixed size", "a projection along tokens fixes their number")
+            self._refuse(
+                node, "a product over tokens meets a fixed size", "a projection along tokens fixes their number"
+            )
         if rank - 1 in a and node not in self.attention:
             self._refuse(node, "it sums over the tokens", "only the product of an attention may do that")
         return frozenset({x for x in a if x != rank - 1} | {x for x in b if x == rank - 1})
@@ -399,4 +408,3 @@ def _tokens(node: fx.Node) -> frozenset[int]:
 
 def _hints(sizes: Sequence[Any]) -> list[int]:
     return [s if isinstance(s, int) else int(s.node.hint) for s in sizes]
-

@@ -44,7 +44,9 @@ class MergeModels(Pass):
     def __post_init__(self) -> None:
         where = "pass 'merge_models'"
         if self.method not in METHODS:
-            raise OptionError(f"there is no merge method {self.method!r}", where=where, fix="use " + " or ".join(METHODS))
+            raise OptionError(
+                f"there is no merge method {self.method!r}", where=where, fix="use " + " or ".join(METHODS)
+            )
         object.__setattr__(self, "models", tuple(self.models))
         if not self.models:
             raise OptionError("there is nothing to merge with", where=where, fix="give models=[…]")

@@ -178,9 +178,7 @@ class Quantize(SitePass):
         graph = program.graph
         if SCHEMES[self.scheme].activations == "dynamic":
             with graph.inserting_before(site.node):
-                node = graph.call_function(
-                    torch.ops.paretoc.fake_quantize_dynamic.default, (source, self.granularity)
-                )
+                node = graph.call_function(torch.ops.paretoc.fake_quantize_dynamic.default, (source, self.granularity))
         else:
             scale, zero = _uint8_range(ctx.statistic(MinMax(source.name)))
             stored = [

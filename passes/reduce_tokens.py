@@ -51,7 +51,9 @@ class ReduceTokens(Pass):
             )
         if self.schedule not in ("constant", "decreasing"):
             raise OptionError(
-                f"there is no schedule {self.schedule!r}", where=where, fix="use 'constant', 'decreasing' or a list for r"
+                f"there is no schedule {self.schedule!r}",
+                where=where,
+                fix="use 'constant', 'decreasing' or a list for r",
             )
 
     def token_rule(self) -> TokenRule:

@@ -75,6 +75,7 @@ class Keep(TokenRule):
         graph.erase_node(cursor)
         return Reduced(x, None, state.protected + keep + int(self.fuse))
 
+
 def _first_channel(graph: fx.Graph, x: fx.Node) -> fx.Node:
     return graph.call_function(aten.slice.Tensor, (x, 2, 0, 1))
 

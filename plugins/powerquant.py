@@ -43,9 +43,7 @@ class Power(Encoding):
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
-            raise OptionError(
-                f"Power has 2 to 8 bits, not {self.bits}", where="Power(bits=…)", fix="use 2 … 8"
-            )
+            raise OptionError(f"Power has 2 to 8 bits, not {self.bits}", where="Power(bits=…)", fix="use 2 … 8")
         if not _EXPONENTS[0] <= self.exponent <= _EXPONENTS[1]:
             raise OptionError(
                 f"the exponent {self.exponent} is out of range",
@@ -152,9 +150,7 @@ def _one_per_weight(program: Program, sites: Sequence[Site], result: PassResult)
             result.matched.append(site.path)
     if not chosen:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in list(result.skipped.items())[:3])
-        raise PassError(
-            f"no weight can be encoded: {reasons}", where="pass 'powerquant'", fix="widen targets="
-        )
+        raise PassError(f"no weight can be encoded: {reasons}", where="pass 'powerquant'", fix="widen targets=")
     return list(chosen.values())
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import paretoc as pc
 import pytest
 import torch
 import transformers as hf
 from torch import nn
-
-import paretoc as pc
 
 Case = tuple[nn.Module, dict[str, torch.Tensor]]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -124,8 +123,15 @@ ZOO: dict[str, Callable[[], Case]] = {
     "segformer": lambda: image(
         hf.SegformerForSemanticSegmentation(
             hf.SegformerConfig(
-                num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 32], patch_sizes=[7, 3],
-                strides=[4, 2], num_attention_heads=[2, 4], mlp_ratios=[2, 2], decoder_hidden_size=16,
+                num_encoder_blocks=2,
+                depths=[1, 1],
+                sr_ratios=[2, 1],
+                hidden_sizes=[16, 32],
+                patch_sizes=[7, 3],
+                strides=[4, 2],
+                num_attention_heads=[2, 4],
+                mlp_ratios=[2, 2],
+                decoder_hidden_size=16,
             )
         )
     ),  # fmt: skip

@@ -38,7 +38,6 @@ _EXTERNAL_BYTES = 1024
 _PROTOBUF_LIMIT = (1 << 31) - (1 << 24)
 
 
-
 @dataclass
 class OnnxExecutable:
     """`settings` is what travels with the artifact: session options, sites with their encodings, example shapes."""
@@ -67,8 +66,10 @@ class OnnxExecutable:
             # folding would turn traced codes into dense float weights when the session starts
             "disabled_optimizers": ["ConstantFolding"] if traced else [],
             "sites": sites,
-            "inputs": [[n.name, str(t.dtype).removeprefix("torch."), list(t.shape)]
-                       for n, t in zip(program.placeholders, program.example, strict=True)],
+            "inputs": [
+                [n.name, str(t.dtype).removeprefix("torch."), list(t.shape)]
+                for n, t in zip(program.placeholders, program.example, strict=True)
+            ],
             "outputs": program.interface.output_names(),
         }
         executable = cls(model, settings, target, example=list(program.example))
@@ -240,4 +241,6 @@ def _offsets(file: Path) -> dict[str, tuple[int, int]]:
         header = int.from_bytes(stream.read(8), "little")
         entries = json.loads(stream.read(header))
     base = 8 + header
-    return {n: (base + e["data_offsets"][0], base + e["data_offsets"][1]) for n, e in entries.items() if n != "__metadata__"}
+    return {
+        n: (base + e["data_offsets"][0], base + e["data_offsets"][1]) for n, e in entries.items() if n != "__metadata__"
+    }

@@ -66,7 +66,9 @@ def _by_site(graph: onnx.GraphProto, sites: Sequence[Sequence[str]]) -> dict[str
             found.setdefault(node.name, node)
     decoded: dict[str, str] = {}  # value computed from stored arrays → the site they belong to
     for node in graph.node:
-        owner = next((decoded.get(i) or _owner(i, known) for i in node.input if decoded.get(i) or _owner(i, known)), None)
+        owner = next(
+            (decoded.get(i) or _owner(i, known) for i in node.input if decoded.get(i) or _owner(i, known)), None
+        )
         if owner is None:
             continue
         if node.op_type in _READERS or (node.op_type == "Gather" and kinds[owner] == "embedding"):
@@ -85,7 +87,9 @@ def _owner(name: str, known: set[str]) -> str | None:
 def _row(site: Sequence[str], node: onnx.NodeProto | None, times: Mapping[str, float]) -> Row:
     path, encoding, kind, activations = site
     if node is None:
-        return Row(path, encoding, "folded away or fused", False, note="no node of the optimised graph reads its weight")
+        return Row(
+            path, encoding, "folded away or fused", False, note="no node of the optimised graph reads its weight"
+        )
     kernel, fast, note = _describe(node, encoding, kind, activations)
     return Row(path, encoding, kernel, fast, times.get(node.name), note)
 

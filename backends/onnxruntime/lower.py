@@ -127,9 +127,7 @@ class Lowering:
                 return
         self.replace(node, self._float_linear(node, x, weight, bias, site))
 
-    def _float_linear(
-        self, node: ir.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None, site: str
-    ) -> ir.Value:
+    def _float_linear(self, node: ir.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None, site: str) -> ir.Value:
         """x·Wᵀ + b in floating point: Gemm for a matrix, MatMul with the transposed weight otherwise."""
         if x.shape is not None and len(x.shape) == 2:
             inputs = [x, weight] if bias is None else [x, weight, bias]
@@ -174,14 +172,10 @@ class Lowering:
         readers = len(quantiser.outputs[0].uses())
         if quantiser.op_type == "DynamicQuantize" and readers == 1 and (source, "tensor") not in self.quantised:
             inputs = [source, weight, scale, None, bias]
-            return self.emit(
-                node, "DynamicQuantizeMatMul", _trimmed(inputs), domain=MICROSOFT, name=site
-            )
+            return self.emit(node, "DynamicQuantizeMatMul", _trimmed(inputs), domain=MICROSOFT, name=site)
         codes, a_scale, a_zero = self._quantised_input(quantiser)
         inputs = [codes, weight, a_scale, scale, a_zero, None, bias]
-        return self.emit(
-            node, "MatMulIntegerToFloat", _trimmed(inputs), domain=MICROSOFT, name=site
-        )
+        return self.emit(node, "MatMulIntegerToFloat", _trimmed(inputs), domain=MICROSOFT, name=site)
 
     def _nbits_matmul(
         self, node: ir.Node, x: ir.Value, stored: Integers, bias: ir.Value | None, site: str
@@ -209,7 +203,11 @@ class Lowering:
         """Standard operators: DequantizeLinear of the weight, then a floating MatMul."""
         if stored.block > 0:
             transposed = Integers(
-                stored.codes.T, stored.scale.T, None if stored.zero is None else stored.zero.T, stored.bits, stored.block
+                stored.codes.T,
+                stored.scale.T,
+                None if stored.zero is None else stored.zero.T,
+                stored.bits,
+                stored.block,
             )
             weight = self._dequantise(node, transposed, site, axis=0, shape=stored.codes.T.shape)
         else:
@@ -217,14 +215,15 @@ class Lowering:
         product = self.emit(node, "MatMul", [x, weight], name=site)
         return self._add_bias(node, product, bias)
 
-    def _dequantise(
-        self, node: ir.Node, stored: Integers, site: str, *, axis: int, shape: tuple[int, ...]
-    ) -> ir.Value:
+    def _dequantise(self, node: ir.Node, stored: Integers, site: str, *, axis: int, shape: tuple[int, ...]) -> ir.Value:
         """DequantizeLinear of constant codes: per tensor, per channel on `axis`, or in blocks along `axis`."""
         kind = f".axis{axis}"
         codes = self.constant(f"{site}.weight.codes{kind}", stored.codes.reshape(shape).astype(stored.storage()))
         scale = stored.scale if stored.block > 0 else stored.scale.ravel()
-        inputs = [codes, self.constant(f"{site}.weight.scale{kind}", scale if stored.block != -1 else scale.reshape(()))]
+        inputs = [
+            codes,
+            self.constant(f"{site}.weight.scale{kind}", scale if stored.block != -1 else scale.reshape(())),
+        ]
         if stored.zero is not None:
             zero: NDArray[Any] = (stored.zero if stored.block > 0 else stored.zero.ravel()).astype(stored.storage())
             inputs.append(self.constant(f"{site}.weight.zero{kind}", zero if stored.block != -1 else zero.reshape(())))
@@ -241,7 +240,9 @@ class Lowering:
             return
         site, indices = _site(decode.inputs[0]), node.inputs[1]
         codes = stored.codes.astype(np.int8 if stored.zero is None else np.uint8)
-        rows = self.emit(node, "Gather", [self.constant(f"{site}.weight.codes_rows", codes), indices], {"axis": 0}, name=site)
+        rows = self.emit(
+            node, "Gather", [self.constant(f"{site}.weight.codes_rows", codes), indices], {"axis": 0}, name=site
+        )
         values = self.emit(node, "Cast", [rows], {"to": int(ir.DataType.FLOAT)})
         count = codes.shape[0] if stored.block == 0 else 1
         if stored.zero is not None:

@@ -40,7 +40,9 @@ def _fake_quantize(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def _fake_quantize_dynamic(x: Tensor, granularity: str) -> Tensor:
-    return symbolic("paretoc::DynamicQuantize", [x], {"granularity": granularity}, dtype=x.dtype, shape=x.shape, version=1)
+    return symbolic(
+        "paretoc::DynamicQuantize", [x], {"granularity": granularity}, dtype=x.dtype, shape=x.shape, version=1
+    )
 
 
 def _top(values: Tensor, count: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
@@ -86,7 +88,9 @@ def _merge_tokens(
     a, b = packed[:, ::2], packed[:, 1::2]
     row = torch.arange(x.shape[0]).reshape(-1, 1).expand(x.shape[0], source.shape[1])
     where = torch.stack([row, destination], dim=-1)
-    b = symbolic("ScatterND", [b, where, _rows(a, source)], {"reduction": "add"}, dtype=x.dtype, shape=b.shape, version=18)
+    b = symbolic(
+        "ScatterND", [b, where, _rows(a, source)], {"reduction": "add"}, dtype=x.dtype, shape=b.shape, version=18
+    )
     packed = torch.cat([_rows(a, unmerged), b], dim=1)
     total = packed[..., -1:]
     return packed[..., :-1] / total, total
@@ -142,7 +146,7 @@ def translate(program: Program, opset: int) -> ir.Model:
         if node.op == "call_function":
             node.target = table.get(node.target) or FOREIGN.get(str(node.target)) or node.target
     program.module.recompile()
-    axes = tuple({axis: Dim.AUTO for axis in opened} for opened in program.dynamic)
+    axes = tuple(dict.fromkeys(opened, Dim.AUTO) for opened in program.dynamic)
     names = program.interface.output_names()
     try:
         with _quiet(), torch.no_grad():
@@ -213,4 +217,3 @@ def _name_axes(program: Program, model: ir.Model) -> None:
     for value in values:
         if value.shape is not None and not value.shape.is_static():
             value.shape = ir.Shape([d if isinstance(d, int) else renamed.get(str(d)) for d in value.shape])
-

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import paretoc as pc
 import pytest
 import torch
 from torch import nn
-
-import paretoc as pc
 
 
 class Net(nn.Module):
@@ -139,7 +138,9 @@ def test_traced_codes_are_not_made_dense_at_load(net: Net, tmp_path: Path) -> No
     compiled = build(net, ["powerquant:bits=4"])
 
     def stored_bytes() -> int:
-        return sum(len(onnx.numpy_helper.to_array(i).tobytes()) for i in optimised(compiled, tmp_path).graph.initializer)
+        return sum(
+            len(onnx.numpy_helper.to_array(i).tobytes()) for i in optimised(compiled, tmp_path).graph.initializer
+        )
 
     lazy = stored_bytes()
     compiled._compiled().executable.settings["disabled_optimizers"] = []
@@ -148,7 +149,9 @@ def test_traced_codes_are_not_made_dense_at_load(net: Net, tmp_path: Path) -> No
 
 def test_explain_says_which_dynamic_scheme_runs(net: Net) -> None:
     per_tensor = {r.site: r for r in build(net, ["quantize:W8A8-dynamic"]).explain().rows}
-    per_token = {r.site: r for r in build(net, ["quantize:W8A8-dynamic,granularity=token,targets=Linear"]).explain().rows}
+    per_token = {
+        r.site: r for r in build(net, ["quantize:W8A8-dynamic,granularity=token,targets=Linear"]).explain().rows
+    }
     assert per_tensor["up"].kernel == "DynamicQuantizeMatMul (u8×s8, range per tensor)"
     assert per_token["up"].kernel == "MatMulInteger (u8×s8, range per token)"
     assert per_tensor["up"].accelerated and per_token["up"].accelerated

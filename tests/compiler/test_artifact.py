@@ -9,11 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import paretoc as pc
 import pytest
 import torch
 from torch import nn
-
-import paretoc as pc
 
 SCRIPT = """
 import sys, torch, paretoc as pc
@@ -54,7 +53,9 @@ def test_a_loaded_model_answers_like_the_saved_one(compiled: pc.CompiledModel, a
     assert torch.equal(got["rest"][2][0], want["rest"][2][0]) and got["rest"][1] is None
     assert torch.equal(loaded(x=X, scale=1.0)["logits"], got["logits"])
     assert {r.kernel for r in loaded.explain().rows} == {r.kernel for r in compiled.explain().rows}
-    assert loaded.report()["compiled"]["size_bytes"] == compiled.report(latency=False).to_dict()["compiled"]["size_bytes"]
+    assert (
+        loaded.report()["compiled"]["size_bytes"] == compiled.report(latency=False).to_dict()["compiled"]["size_bytes"]
+    )
 
 
 def test_the_files_and_every_weight_once(artifact: Path) -> None:
@@ -140,7 +141,9 @@ def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
         pc.load(tmp_path)
 
 
-def test_a_failing_save_leaves_nothing(compiled: pc.CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_save_leaves_nothing(
+    compiled: pc.CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

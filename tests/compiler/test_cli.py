@@ -334,9 +334,7 @@ def test_explain_an_artifact(run: Run, artifact: Path) -> None:
 def test_bench_an_artifact_at_the_shapes_it_was_captured_with(run: Run, artifact: Path) -> None:
     code, out, err = run("bench out --runs 3")
     assert (code, err) == (0, "") and row(out, "artifact")
-    assert (
-        "runs: 3, interleaved; threads: 1; on " in out and out.splitlines()[-1] == "inputs: x float32[4, 64]"
-    )
+    assert "runs: 3, interleaved; threads: 1; on " in out and out.splitlines()[-1] == "inputs: x float32[4, 64]"
 
 
 def test_bench_an_artifact_with_an_example(run: Run, folder: Path, artifact: Path) -> None:

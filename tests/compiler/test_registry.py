@@ -28,9 +28,7 @@ class EntryPoint:
         return None if self.distribution is None else SimpleNamespace(name=self.distribution)
 
 
-def plugin(
-    name: str, distribution: str | None = "someone-elses", **functions: Callable[..., Any]
-) -> EntryPoint:
+def plugin(name: str, distribution: str | None = "someone-elses", **functions: Callable[..., Any]) -> EntryPoint:
     """An entry point whose module has these functions as hooks."""
     module = ModuleType(name)
     for function_name, function in functions.items():
@@ -199,9 +197,7 @@ def test_a_plugin_whose_hook_fails_is_named_and_skipped(hook, sentence):
 
 def test_two_plugins_with_one_name_are_both_named(refused):
     pair = [offering("brush", "polish", "left"), offering("sponge", "polish", "right")]
-    error = refused(
-        pc.PluginError, "two plugins offer 'polish' through paretoc_passes", lambda: Registry(pair)
-    )
+    error = refused(pc.PluginError, "two plugins offer 'polish' through paretoc_passes", lambda: Registry(pair))
     assert "left:brush" in error.where and "right:sponge" in error.where
     assert "PARETOC_PLUGINS=-" in error.fix
 

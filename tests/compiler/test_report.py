@@ -250,10 +250,7 @@ def test_passes_tell_their_story() -> None:
         warnings=["the tail is small"],
     )
     page = Page(html.page(report(passes=[told])))
-    assert (
-        "|prune_nm:2:4|warning: the tail is small|kept 0.5|2 sites matched|a.up|a.down|1 site skipped|"
-        in page.text
-    )
+    assert "|prune_nm:2:4|warning: the tail is small|kept 0.5|2 sites matched|a.up|a.down|1 site skipped|" in page.text
     assert "|head|: its input width 10 is not a multiple of 4|2|7.00 kB|2.00 M|1.00 M|25 %|" in page.text
     assert [tag for tag, _ in page.elements].count("details") == 2
 
@@ -304,9 +301,7 @@ def test_no_sites_no_plot_of_them() -> None:
 def test_many_sites_are_a_profile_and_the_worst_by_name() -> None:
     drawn = figures(html.page(VARIANTS["many sites"]()))
     tall = lengths(drawn["Relative error at 40 sites, input to output"], "error", "height")
-    assert (
-        len(tall) == 40 and tall == sorted(tall) and tall[20] / tall[39] == pytest.approx(20 / 39, abs=1e-2)
-    )
+    assert len(tall) == 40 and tall == sorted(tall) and tall[20] / tall[39] == pytest.approx(20 / 39, abs=1e-2)
     names = [text.text for text in drawn["The 8 sites with the largest error"].iter("text")][::2]
     assert names == [f"layer.{i}" for i in range(39, 31, -1)]
 

@@ -326,9 +326,7 @@ def test_a_wrong_shape_rule_is_rejected():
 
     weight = torch.randn(3, 4)
     encoding_rules.shape_rule_agrees(encoding_rules.Stored(pc.Affine(), "normal", weight, 0, None))
-    with pytest.raises(
-        pc.ConformanceError, match=r"the shape rule says \[3, 4\], the operator gives \[4, 3\]"
-    ):
+    with pytest.raises(pc.ConformanceError, match=r"the shape rule says \[3, 4\], the operator gives \[4, 3\]"):
         encoding_rules.shape_rule_agrees(Lying(pc.Affine(), "normal", weight, 0, None))
 
 
@@ -362,9 +360,7 @@ def test_every_rule_for_encodings_has_a_planted_fault():
 class OnlyEven(Sound):
     def layout(self, shape):
         if shape[0] % 2:
-            raise pc.OptionError(
-                f"{shape[0]} rows do not come in pairs", where="here", fix="use an even number"
-            )
+            raise pc.OptionError(f"{shape[0]} rows do not come in pairs", where="here", fix="use an even number")
         return super().layout(shape)
 
     def check(self, weight):

@@ -43,9 +43,7 @@ def squared_error(weight: torch.Tensor, bits: int, exponent: float) -> float:
 # -- the encoding -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "encoding", [Power(), Power(2, 1.0), Power(8, 0.1), pc.NM(2, 4, Power(3, 0.4))], ids=str
-)
+@pytest.mark.parametrize("encoding", [Power(), Power(2, 1.0), Power(8, 0.1), pc.NM(2, 4, Power(3, 0.4))], ids=str)
 def test_it_conforms(encoding):
     pc.testing.check_encoding(encoding)
 
@@ -134,9 +132,7 @@ def test_a_network_of_zeros_has_an_exponent():
 # -- the pass -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "transform", [PowerQuant(), PowerQuant(bits=3, exponent=0.5)], ids=PowerQuant.describe
-)
+@pytest.mark.parametrize("transform", [PowerQuant(), PowerQuant(bits=3, exponent=0.5)], ids=PowerQuant.describe)
 def test_the_pass_conforms(transform):
     pc.testing.check_pass(transform)
 

@@ -44,9 +44,7 @@ def test_it_is_found_through_its_entry_point(sample):
 
 def test_it_uses_the_public_names_alone():
     imports = [node for node in ast.walk(ast.parse(SOURCE.read_text())) if isinstance(node, ast.Import)]
-    froms = [
-        node.module for node in ast.walk(ast.parse(SOURCE.read_text())) if isinstance(node, ast.ImportFrom)
-    ]
+    froms = [node.module for node in ast.walk(ast.parse(SOURCE.read_text())) if isinstance(node, ast.ImportFrom)]
     assert {alias.name for node in imports for alias in node.names} == {"paretoc", "torch"}
     assert set(froms) == {"__future__", "dataclasses", "math", "typing", "torch"}
 
@@ -123,6 +121,4 @@ def test_all_of_it_together_on_onnx_runtime(sample, target, reference, models):
     eager = reference(model, passes, x)
     compiled = pc.compile(model, passes, example_inputs=x, target=target)
     for batch in (1, 3):
-        torch.testing.assert_close(
-            compiled(x[:batch]), eager(x[:batch]), rtol=1e-5, atol=1e-5
-        )  # float32 sums
+        torch.testing.assert_close(compiled(x[:batch]), eager(x[:batch]), rtol=1e-5, atol=1e-5)  # float32 sums

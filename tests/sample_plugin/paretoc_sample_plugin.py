@@ -79,9 +79,7 @@ class SampleNorm(pc.TokenRule):
         with graph.inserting_after(state.x):
             norm = graph.call_function(aten.linalg_vector_norm.default, (state.x, 2, [-1]))
         with graph.inserting_after(norm):
-            x = graph.call_function(
-                paretoc.keep_tokens.default, (state.x, norm, keep, state.protected, False)
-            )
+            x = graph.call_function(paretoc.keep_tokens.default, (state.x, norm, keep, state.protected, False))
         return pc.Reduced(x, None, state.protected + keep)
 
 
