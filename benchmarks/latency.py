@@ -59,7 +59,8 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 
 def run_minilm(runs: int) -> None:
     model, tokenizer = minilm()
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "many", "people", "watch", "it", "in", "the", "park", "today"]
+    text = "the quick brown fox jumps over a lazy dog while many people watch it in the park today"
+    words = text.split(" ")
     generator = np.random.default_rng(0)
     sentences = [" ".join(generator.choice(words, 110)) for _ in range(32)]
     encoded = dict(tokenizer(sentences, padding="max_length", max_length=128, truncation=True, return_tensors="pt"))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One site in `explain()`: its encoding, the kernel that runs it, whether that kernel is a fast one, and why not."""
+    """One site in `explain()`: its encoding, the kernel that runs it, whether that is a fast one, and why not."""
 
     site: str
     encoding: str

@@ -103,7 +103,7 @@ class Interface:
         values, spec = pytree.tree_flatten(_arranged(self.bind(args, kwargs), self.in_spec))
         if spec != self.in_spec:
             raise OptionError(
-                f"the inputs have the structure {_one_line(spec)}, the model was captured with {_one_line(self.in_spec)}",
+                f"the inputs have the structure {_one_line(spec)}, the captured ones {_one_line(self.in_spec)}",
                 where="calling the compiled model",
                 fix="pass the same containers as in example_inputs",
             )

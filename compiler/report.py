@@ -27,8 +27,8 @@ class Report:
     """Original and compiled, side by side, and one entry per pass.
 
     Sizes are bytes of the stored tensors; `stored_bytes` those of the model file, which may need more than the encoding
-    (a target without an n:m kernel stores the zeros). Latencies are milliseconds at the example inputs, the three contenders
-    ("compiled", "original" on the same backend, "pytorch" eager) interleaved in one run.
+    (a target without an n:m kernel stores the zeros). Latencies are milliseconds at the example inputs, the three
+    contenders ("compiled", "original" on the same backend, "pytorch" eager) interleaved in one run.
     """
 
     target: str

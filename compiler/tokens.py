@@ -294,7 +294,7 @@ class _Carry(fx.Interpreter):
         """A view keeps the token axis when one output dimension has the same extent and the same stride of elements."""
         source = operands(node)[0]
         assert isinstance(source, fx.Node)
-        old_in, old_out = self._old_shape(source), [s for s in self.before[node].shape]
+        old_in, old_out = self._old_shape(source), list(self.before[node].shape)
         moved = {}
         for axis in axes:
             inner = prod(_hints(old_in[axis + 1 :]))
@@ -306,7 +306,7 @@ class _Carry(fx.Interpreter):
             if not match:
                 self._refuse(
                     node,
-                    f"a view from {[str(s) for s in old_in]} to {[str(s) for s in old_out]} mixes tokens with another axis",
+                    f"a view from {_shown(old_in)} to {_shown(old_out)} mixes tokens with another axis",
                     "models that fold tokens into windows or a grid need all of them",
                 )
             moved[axis] = match[0]
@@ -404,6 +404,10 @@ def _tokens(node: fx.Node) -> frozenset[int]:
     """The dimensions of a value that are the shorter token axis."""
     found: frozenset[int] = node.meta.get("tokens", frozenset())
     return found
+
+
+def _shown(shape: Sequence[Any]) -> str:
+    return str([str(size) for size in shape])
 
 
 def _hints(sizes: Sequence[Any]) -> list[int]:

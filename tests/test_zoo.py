@@ -134,7 +134,7 @@ ZOO: dict[str, Callable[[], Case]] = {
                 decoder_hidden_size=16,
             )
         )
-    ),  # fmt: skip
+    ),
     "lstm": lambda: (LstmClassifier(), {"input_ids": ids()}),
     "unet": lambda: (UNet(), {"x": torch.randn(2, 3, 16, 16)}),
 }

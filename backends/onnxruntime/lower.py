@@ -145,7 +145,7 @@ class Lowering:
     def _integer_matmul(
         self, node: ir.Node, x: ir.Value, stored: Integers, bias: ir.Value | None, site: str
     ) -> ir.Value | None:
-        """u8 activations × s8 weights, scaled once at the end. The weight must be symmetric with one scale a channel."""
+        """u8 activations × s8 weights, scaled once at the end, for symmetric weights with one scale a channel."""
         quantiser = _opaque(x, "StaticQuantize") or _opaque(x, "DynamicQuantize")
         if quantiser is None or not stored.per_channel or stored.zero is not None:
             return None

@@ -137,7 +137,7 @@ def test_a_damaged_artifact_is_refused(artifact: Path, damage: Callable[[Path], 
 
 
 def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(pc.ArtifactError, match="has no manifest.json"):
+    with pytest.raises(pc.ArtifactError, match=r"has no manifest\.json"):
         pc.load(tmp_path)
 
 
