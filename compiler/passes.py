@@ -180,6 +180,8 @@ def build_pass(cls: type[Pass], options: dict[str, Any]) -> Pass:
 
 def _convert(value: Any, hint: Any, pass_name: str, option: str) -> Any:
     """Text from a recipe → the option's type; everything else is checked as it is."""
+    if hint is Any:
+        return value
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, type(int | str)) else (hint,)
     origins = [typing.get_origin(k) or k for k in kinds]
     if value is None and type(None) in kinds:

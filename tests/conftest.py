@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -30,11 +31,16 @@ _MODELS = _load(Path(__file__).with_name("models.py"))
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Small operators run faster on one thread, and their sums in one order."""
-    threads = torch.get_num_threads()
+    """Small operators run faster on one thread, and their sums in one order.
+
+    Captures make many small objects, which the collector would walk over and over: it runs less often.
+    """
+    threads, collector = torch.get_num_threads(), gc.get_threshold()
     torch.set_num_threads(1)
+    gc.set_threshold(200_000, 50, 50)
     yield
     torch.set_num_threads(threads)
+    gc.set_threshold(*collector)
 
 
 @pytest.fixture(autouse=True)

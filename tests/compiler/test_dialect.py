@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from paretoc.compiler import dialect
@@ -108,6 +108,9 @@ def _run(nodes: list[onnx.NodeProto], feed: dict[str, np.ndarray]) -> np.ndarray
 
 
 @quick
+@example([-0.495, 254.505])  # a scale of one and a zero point just below, and at, a half
+@example([-0.5, 254.5])
+@example([-1.5, 253.5])
 @given(floats.filter(lambda values: max(map(abs, values)) > 1e-30))
 def test_the_dynamic_range_of_a_tensor_is_onnx_dynamic_quantize_linear(values):
     x = np.float32(values)

@@ -127,15 +127,30 @@ def test_plugins_observe_every_pass(models, reference):
 # -- the compiled model ----------------------------------------------------------------------------------
 
 
-def test_a_compiled_model_is_a_drop_in_replacement(models, reference, captured):
-    model, _ = captured("BertForSequenceClassification", num_hidden_layers=1)
-    compiled = reference(model, ["quantize:W8A16"], models.sentences(1, 7))
-    call = models.sentences(3, 9)
-    got, want = compiled(**call), model(**call)
-    assert type(got) is type(want)
-    assert compiled(call["input_ids"], call["attention_mask"]).logits.shape == (3, 2)
-    torch.testing.assert_close(got.logits, want.logits, rtol=0.05, atol=0.05)  # eight-bit weights
-    assert not torch.equal(got.logits, want.logits)
+class Pair(torch.nn.Module):
+    def __init__(self, mlp: torch.nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: torch.Tensor, shift: torch.Tensor | None = None):
+        y = self.mlp(x) if shift is None else self.mlp(x) + shift
+        return {"y": y, "parts": (y[:, :2], None)}
+
+
+def test_a_compiled_model_is_a_drop_in_replacement(models, reference):
+    model = Pair(models.Mlp())
+    compiled = reference(model, ["quantize:W8A16"], {"x": X[:1], "shift": torch.randn(1, 8)})
+    shift = torch.randn(4, 8)
+    want = model(X, shift)
+    for got in (compiled(X, shift), compiled(x=X, shift=shift), compiled(X, shift=shift)):
+        assert list(got) == ["y", "parts"]
+        assert type(got["parts"]) is tuple
+        assert got["parts"][1] is None
+        torch.testing.assert_close(got["y"], want["y"], rtol=0.05, atol=0.05)  # eight-bit weights
+        assert not torch.equal(got["y"], want["y"])
+    refusal = pytest.raises(OptionError, match="the call does not match the captured one: missing \\['shift'\\]")
+    with refusal:
+        compiled(X)
 
 
 def test_example_inputs_are_taken_from_the_calibration_data(models, reference):

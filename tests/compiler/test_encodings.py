@@ -164,9 +164,9 @@ def test_a_symmetric_code_leaves_out_the_extra_negative_level():
 
 def test_a_shrunk_range_clips():
     encoding = Affine(4)
-    scale, zero = encoding.parameters(torch.tensor([[7.0, 1.0]]), 0.5)
+    scale, zero = encoding.parameters(torch.tensor([[7.0, 1.0, -7.0]]), 0.5)
     assert scale.tolist() == [[0.5]]
-    assert encoding.quantize(torch.tensor([[7.0, 1.0]]), scale, zero).tolist() == [[[7.0, 2.0]]]
+    assert encoding.quantize(torch.tensor([[7.0, 1.0, -7.0]]), scale, zero).tolist() == [[[7.0, 2.0, -7.0]]]
 
 
 def test_a_fit_is_used():

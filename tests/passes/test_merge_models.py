@@ -105,10 +105,7 @@ def test_no_step_is_the_base(family, reference):
 # -- sources ---------------------------------------------------------------------------------------------
 
 
-TEXT = pytest.mark.xfail(strict=True, reason="text is not accepted for an option of type Any")
-
-
-@pytest.mark.parametrize("source", ["module", "state dict", "path", pytest.param("text", marks=TEXT)])
+@pytest.mark.parametrize("source", ["module", "state dict", "path", "text"])
 def test_every_source(family, reference, tmp_path, source):
     base, a, _ = family
     save_file(a.state_dict(), tmp_path / "a.safetensors")
@@ -122,7 +119,6 @@ def test_every_source(family, reference, tmp_path, source):
     _equal(compiled, _numpy(a))
 
 
-@TEXT
 def test_a_path_in_the_text_form(family, reference, tmp_path):
     base, a, _ = family
     file = tmp_path / "a.safetensors"

@@ -8,7 +8,9 @@ import pytest
 import torch
 from paretoc.compiler.encodings import Affine
 from paretoc.compiler.errors import OptionError, PassError
+from paretoc.compiler.passes import Context
 from paretoc.compiler.sites import weight_sites
+from paretoc.passes import Quantize
 from paretoc.passes.fit import Mse, Rtn
 from torch import Tensor, nn
 
@@ -129,9 +131,12 @@ def test_static_activations_use_the_calibrated_range(models, reference):
 
 def test_positive_activations_use_all_codes(reference):
     model = nn.Sequential(nn.Linear(16, 8))
-    compiled = reference(model, ["quantize:W8A8"], X, calibration=[X.abs() + 1])
+    data = X.abs() + 1
+    compiled = reference(model, ["quantize:W8A8"], X, calibration=[data])
     (node,) = compiled.program.calls(ops.fake_quantize.default)
-    assert int(compiled.program.get(node.args[2].target)) == 0
+    scale, zero = (compiled.program.get(a.target) for a in node.args[1:])
+    assert int(zero) == 0
+    assert float(scale) == pytest.approx(float(data.max()) / 255)  # zero is in the range, so that it is exact
 
 
 def test_constant_zero_activations_do_not_divide_by_zero(reference):
@@ -139,11 +144,11 @@ def test_constant_zero_activations_do_not_divide_by_zero(reference):
     assert torch.isfinite(compiled(X)).all()
 
 
-def test_one_quantiser_serves_every_reader_of_an_activation(captured, models, reference):
-    model, _ = captured("BertForSequenceClassification", num_hidden_layers=1)
-    compiled = reference(model, ["quantize:W8A8-dynamic"], models.sentences(2, 7))
-    quantisers = compiled.program.calls(ops.fake_quantize_dynamic.default)
-    linears = [s for s in weight_sites(compiled.program) if s.kind == "linear"]
+def test_one_quantiser_serves_every_reader_of_an_activation(captured):
+    _, program = captured("BertForSequenceClassification", num_hidden_layers=1)
+    Quantize(scheme="W8A8-dynamic").apply(program, Context())
+    quantisers = program.calls(ops.fake_quantize_dynamic.default)
+    linears = [s for s in weight_sites(program) if s.kind == "linear"]
     assert len(linears) == 8  # q, k, v, attention out, up, down, pooler, classifier
     assert len(quantisers) == 6
     assert max(len(q.users) for q in quantisers) == 3
