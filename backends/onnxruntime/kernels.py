@@ -102,7 +102,7 @@ def _describe(node: onnx.NodeProto, encoding: str, kind: str, activations: str) 
         level = attributes.get("accuracy_level", 0)
         activations = "int8 activations" if level == 4 else "floating activations"
         kernel = f"MatMulNBits {bits} bit, block {block}, accuracy level {level} ({activations})"
-        return kernel, True, "" if level == 4 else "fast for few rows (decoding); saves memory otherwise"
+        return kernel, level == 4, "" if level == 4 else "saves memory; floating activations, no speed-up claimed"
     if node.op_type in _INTEGER:
         return f"{node.op_type} (u8×s8, {_RANGES[activations]})", True, ""
     if kind == "embedding":
