@@ -83,17 +83,20 @@ def _bipartite_match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Te
 def _merge_tokens(
     x: Tensor, size: Tensor, unmerged: Tensor, source: Tensor, destination: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sums of values and of sizes in one go: the size rides along as one more channel."""
-    packed = torch.cat([x * size, size], dim=-1)
-    a, b = packed[:, ::2], packed[:, 1::2]
+    """One gather of the tokens that stay and one scatter of those that move: no copy of either half."""
+    tokens = x.shape[1]
+    odd = torch.arange(1, tokens, 2).expand(x.shape[0], tokens // 2)
+    stay = torch.cat([2 * unmerged, odd], dim=1)
     row = torch.arange(x.shape[0]).reshape(-1, 1).expand(x.shape[0], source.shape[1])
-    where = torch.stack([row, destination], dim=-1)
-    b = symbolic(
-        "ScatterND", [b, where, _rows(a, source)], {"reduction": "add"}, dtype=x.dtype, shape=b.shape, version=18
-    )
-    packed = torch.cat([_rows(a, unmerged), b], dim=1)
-    total = packed[..., -1:]
-    return packed[..., :-1] / total, total
+    where = torch.stack([row, destination + unmerged.shape[1]], dim=-1)
+
+    def merge(value: Tensor) -> Tensor:
+        kept = _rows(value, stay)
+        inputs = [kept, where, _rows(value, 2 * source)]
+        return symbolic("ScatterND", inputs, {"reduction": "add"}, dtype=x.dtype, shape=kept.shape, version=18)
+
+    total = merge(size)
+    return merge(x * size) / total, total
 
 
 def _keep_tokens(x: Tensor, scores: Tensor, keep: int, protected: int, fuse: bool) -> Tensor:
