@@ -35,7 +35,7 @@ SCHEMES = {
 REDUCTIONS = {
     "merge r=4": ["merge_tokens:4"],
     "merge r=8": ["merge_tokens:8"],
-    "prune keep=0.7": ["prune_tokens:0.7"],
+    "prune keep=0.8": ["prune_tokens:0.8"],
 }
 PYTORCH, PLAIN = "PyTorch eager", "ONNX Runtime fp32"
 #: pairs of sentences.txt that calibrate

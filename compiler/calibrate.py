@@ -113,6 +113,83 @@ def gather(
     return {s: s.finish(state) for s, state in states.items()}
 
 
+class Stream:
+    """Calibration batches on their way through a program: everything up to a place has run, the rest not yet.
+
+    A pass that rewrites the program as it goes sees, at every place, the inputs that the rewritten part before it
+    produces. What is kept of a batch is what the rest of the graph still reads. Nodes before the place must stay.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        batches: Iterable[FlatBatch],
+        track: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
+    ) -> None:
+        self.program, self.track = program, track
+        self.place: fx.Node = program.placeholders[-1]
+        self.values: list[dict[fx.Node, Any]] = [dict(zip(program.placeholders, b, strict=True)) for b in batches]
+
+    def advance(self, place: fx.Node, statistics: Sequence[Statistic] = ()) -> dict[Statistic, Any]:
+        """Run every batch up to and with `place`, and gather. A statistic may look beyond it, at nodes that then
+        run again."""
+        nodes = {n.name: n for n in self.program.graph.nodes}
+        states: dict[Statistic, Any] = {s: s.start() for s in statistics}
+        watched = {nodes[name] for s in statistics for name in s.nodes}
+        place, last = max(self.place, place), max([self.place, place, *watched])
+        constants: dict[fx.Node, Any] = {}
+        with torch.no_grad():
+            for values in self.track(self.values, "calibrating"):
+                seen = {n: values[n] for n in watched if n in values}
+                self._run(values, self.place, place, seen, watched, constants)
+                self._run(dict(values), place, last, seen, watched, constants)
+                for statistic, state in states.items():
+                    states[statistic] = statistic.update(state, *(seen[nodes[name]] for name in statistic.nodes))
+        self.place = place
+        return {s: s.finish(state) for s, state in states.items()}
+
+    def _run(
+        self,
+        values: dict[fx.Node, Any],
+        after: fx.Node,
+        last: fx.Node,
+        seen: dict[fx.Node, Any],
+        watched: set[fx.Node],
+        constants: dict[fx.Node, Any],
+    ) -> None:
+        """Evaluate the nodes behind `after` up to `last` into `values`, and drop those that nothing later reads."""
+
+        def value(node: fx.Node) -> Any:
+            if node in values:
+                return values[node]
+            if node not in constants:  # a weight, or computed from weights alone
+                constants[node] = self._evaluate(node, value)
+            return constants[node]
+
+        node = after
+        while node is not last:
+            node = node.next
+            if node.op != "call_function" or not _varies(node, values):
+                continue
+            values[node] = self._evaluate(node, value)
+            if node in watched:
+                seen[node] = values[node]
+            for read in node.all_input_nodes:
+                if read in values and all(user <= node for user in read.users):
+                    del values[read]
+
+    def _evaluate(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+        if node.op == "get_attr":
+            return self.program.get(str(node.target)).detach()
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        return node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target is callable
+
+
+def _varies(node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
+    """Whether a node reads anything that depends on the batch."""
+    return any(read in values for read in node.all_input_nodes)
+
+
 class Observer(fx.Interpreter):
     """Runs a graph node by node and shows every value to `observe`; values die after their last use."""
 

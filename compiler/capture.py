@@ -45,7 +45,11 @@ def capture(model: Model, example_inputs: Any = None, dynamic_shapes: Any = None
                 fix="pass example_inputs=(…)",
             )
         parameters = _exported_parameters(model)
-        return _program(model, (tuple(arguments[0]), dict(arguments[1])), parameters, [])
+        program = _program(model, (tuple(arguments[0]), dict(arguments[1])), parameters, [])
+        _note_frozen_batch(
+            program, "the exported program fixed it; export it again with dynamic_shapes to leave the axis open"
+        )
+        return program
     if not isinstance(model, nn.Module):
         raise CaptureError(
             f"cannot capture a {type(model).__name__}",
@@ -59,6 +63,7 @@ def capture(model: Model, example_inputs: Any = None, dynamic_shapes: Any = None
     with _named_keywords(model, kwargs):
         exported, call = _export(model, (args, kwargs), dynamic_shapes, notes)
         program = _program(exported, call, _parameters(model, args), notes)
+    _note_frozen_batch(program, "the model depends on it")
     program.interface = replace(program.interface, defaults=forward_defaults(model))
     given, traced = _batch_size(pytree.tree_leaves((args, kwargs))), _batch_size(pytree.tree_leaves(call))
     program.repeats = traced // given if given and traced else 1
@@ -286,11 +291,18 @@ def _program(exported: ExportedProgram, call: Arguments, parameters: tuple[str, 
     results = _flatten_outputs(graph)
     interface = Interface(parameters, in_spec, tuple(kinds), exported.call_spec.out_spec, results)
     flat = fx.GraphModule(module, _merge_constants(graph))
-    program = Program(flat, interface, example, [], notes, tuple(exported.state_dict))
+    program = Program(flat, interface, example, [], notes, _state_names(exported.state_dict))
     program.dynamic = [_open_dimensions(n) for n in program.placeholders]
-    _note_frozen_batch(program)
     program.refresh()
     return program
+
+
+def _state_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Every name in a state dict → the first name of the same tensor."""
+    first: dict[Any, str] = {}
+    # by memory, not identity: a saved ExportedProgram comes back with one object for each name. Empty tensors have none
+    places = {n: (t.data_ptr() or id(t), t.dtype, t.shape, t.stride()) for n, t in state.items()}
+    return {name: first.setdefault(place, name) for name, place in places.items()}
 
 
 def _check_inference(graph: fx.Graph) -> None:
@@ -355,10 +367,10 @@ def _open_dimensions(node: fx.Node) -> dict[int, str]:
     return {axis: f"{node.name}_{axis}" for axis, size in enumerate(shape) if not isinstance(size, int)}
 
 
-def _note_frozen_batch(program: Program) -> None:
+def _note_frozen_batch(program: Program, reason: str) -> None:
     sizes = [n.meta["val"].shape for n in program.placeholders]
     batch = next((hint(s[0]) for s in sizes if s), None)
     for node, opened in zip(program.placeholders, program.dynamic, strict=True):
         shape = node.meta["val"].shape
         if shape and hint(shape[0]) == batch and 0 not in opened:
-            program.notes.append(f"the batch axis of {node.name!r} is fixed at {batch}: the model depends on it")
+            program.notes.append(f"the batch axis of {node.name!r} is fixed at {batch}: {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from . import schedule, verify
 from .artifact import save_artifact
 from .backend import Executable, Explanation
 from .calibrate import FlatBatch, gather, read_batches
-from .capture import Model, capture
+from .capture import Model, as_call, capture
 from .cost import Cost, cost
 from .errors import CalibrationError, OptionError, ParetocError, PassError, PluginError
 from .passes import Context, Pass, PassResult, Phase
@@ -206,7 +207,17 @@ def _first_batch(model: Any, calibration: Any) -> Any:
             where="calibration=",
             fix="pass at least one batch; a generator that was already used up is empty too",
         )
-    return tuple(first) if isinstance(first, list) else first
+    return _without_label(model, first) if isinstance(first, (tuple, list)) else first
+
+
+def _without_label(model: Any, batch: Sequence[Any]) -> Any:
+    """Of a labelled batch `(x, y)` what `forward` takes by position; `read_batches` reads the others likewise."""
+    args, kwargs = as_call(batch)
+    if isinstance(model, torch.nn.Module):
+        kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+        if inspect.Parameter.VAR_POSITIONAL not in kinds:
+            args = args[: sum(k <= inspect.Parameter.POSITIONAL_OR_KEYWORD for k in kinds)]
+    return args, kwargs
 
 
 def _compile(model: Any, passes: list[Pass], options: Options, example: Any) -> Compilation:
@@ -258,7 +269,7 @@ def _apply(
             fix="pass calibration=[batch, …] to compile, or use a data-free scheme such as quantize:W8A8-dynamic",
         )
     gathered = gather(program, statistics, batches, progress.track)
-    context = Context(gathered, options.seed, options.target, options.executor, progress.track)
+    context = Context(gathered, options.seed, options.target, options.executor, progress.track, batches)
     _observe(hook.before_pass, transform=step, program=program)
     try:
         result = step.apply(program, context)

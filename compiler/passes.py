@@ -10,6 +10,9 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+from torch import Tensor
+
+from .encodings.base import Encoding, default_of
 from .errors import OptionError, PassError, did_you_mean
 from .program import Program
 from .sites import Site
@@ -51,13 +54,15 @@ class PassResult:
 
 @dataclass
 class Context:
-    """What a pass may use besides the program: gathered statistics, the seed, the target, workers, progress."""
+    """What a pass may use besides the program: gathered statistics, the seed, the target, workers, progress, and the
+    calibration batches (flat inputs of the program) themselves."""
 
     statistics: dict[Statistic, Any] = field(default_factory=dict)
     seed: int = 0
     target: str = "onnxruntime"
     executor: Executor | None = None
     track: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items
+    batches: list[list[Tensor]] = field(default_factory=list)
 
     def map(self, function: Callable[[T], R], items: Sequence[T], label: str) -> list[R]:
         """Apply to every item, on the executor when there is one, with progress; results in order."""
@@ -108,17 +113,13 @@ class Pass:
         words = [_show(getattr(self, self.positional))] if self.positional else []
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if item.name != self.positional and value != _default(item):
+            if item.name != self.positional and value != default_of(item):
                 words.append(f"{item.name}={_show(value)}")
         return self.name + (":" + ",".join(words) if words else "")
 
 
-def _default(item: dataclasses.Field[Any]) -> Any:
-    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-
-
 def _show(value: Any) -> str:
-    if isinstance(value, (str, int, float, bool)):
+    if isinstance(value, (str, int, float, bool, Encoding)):
         return str(value)
     if value is None:
         return "null"

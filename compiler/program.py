@@ -176,8 +176,8 @@ class Program:
 
     `example` is the flat list of example input tensors; `dynamic` gives, per input, the dimensions left symbolic
     with their names; `notes` are facts the report must tell (for example a dimension that had to be frozen);
-    `state_names` are the names in the original model's state dict. `repeats` is 2 when a batch of one was repeated
-    to keep its axis open.
+    `state_names` gives every name in the original model's state dict the first name of the same tensor: a tied weight
+    has several, of which the graph reads one. `repeats` is 2 when a batch of one was repeated to keep its axis open.
     """
 
     module: fx.GraphModule
@@ -185,7 +185,7 @@ class Program:
     example: list[Tensor]
     dynamic: list[dict[int, str]]
     notes: list[str] = field(default_factory=list)
-    state_names: tuple[str, ...] = ()
+    state_names: Mapping[str, str] = field(default_factory=dict)
     repeats: int = 1
 
     # -- the graph ------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ class Program:
             self.example,
             [dict(d) for d in self.dynamic],
             list(self.notes),
-            self.state_names,
+            dict(self.state_names),
             self.repeats,
         )
 

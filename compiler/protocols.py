@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, fx
 
 from .encodings import Arrays, Encoding
 from .program import Program
-from .sites import Block
+from .sites import Block, Site
+from .statistics import Statistic
+
+#: what calibration found for one weight: the class of a statistic → its value
+Evidence = Mapping[type[Statistic], Any]
+NO_EVIDENCE: Evidence = MappingProxyType({})
 
 
 @runtime_checkable
 class Fitter(Protocol):
-    """How the stored values of an encoding are chosen for one weight."""
+    """How the stored values of an encoding are chosen for one weight. A frozen dataclass; its fields are options."""
 
     @property
     def name(self) -> str:
         """How `fitter=` names it."""
 
+    @property
+    def data_free(self) -> bool:
+        """Whether it looks at nothing but the weight."""
+
     def refuse(self, encoding: Encoding) -> str | None:
         """Why this fitter cannot fit that encoding, or None when it can."""
 
-    def fit(self, encoding: Encoding, weight: Tensor) -> Arrays:
+    def needs(self, site: Site) -> list[Statistic]:
+        """The statistics of calibration data it wants for this site; none when it needs no data."""
+
+    def fit(self, encoding: Encoding, weight: Tensor, evidence: Evidence = NO_EVIDENCE) -> Arrays:
         """The stored arrays for this weight; they decode to something close to it."""
+
+
+class DataFree:
+    """Base of fitters that look at nothing but the weight: `fit_values` sees the innermost encoding."""
+
+    data_free: ClassVar[bool] = True
+
+    def refuse(self, encoding: Encoding) -> str | None:
+        return None
+
+    def needs(self, site: Site) -> list[Statistic]:
+        return []
+
+    def fit(self, encoding: Encoding, weight: Tensor, evidence: Evidence = NO_EVIDENCE) -> Arrays:
+        return encoding.encode(weight, self.fit_values)
+
+    def fit_values(self, encoding: Encoding, weight: Tensor) -> Arrays:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,14 +79,16 @@ def _positional(cls: type[Pass], value: Any) -> str:
 def _text(text: str) -> Pass:
     name, _, rest = text.partition(":")
     cls = registry().pass_class(name.strip())
+    hints = typing.get_type_hints(cls)
     options: dict[str, Any] = {}
     for part in _split(rest):
         key, equals, value = part.partition("=")
         if not equals:
             key, value = _positional(cls, part), part
-        if key.strip() in options:
-            raise OptionError(f"the option {key.strip()!r} is given twice", where=text, fix="give it once")
-        options[key.strip()] = _scalar(value.strip())
+        key = key.strip()
+        if key in options:
+            raise OptionError(f"the option {key!r} is given twice", where=text, fix="give it once")
+        options[key] = _scalar(value.strip(), verbatim=_is_text(hints.get(key)))
     return build_pass(cls, options)
 
 
@@ -102,12 +105,22 @@ def _split(text: str) -> list[str]:
     return [p.strip() for p in (*parts, current) if p.strip()]
 
 
-def _scalar(value: str) -> Any:
-    """Numbers, booleans, null and [lists] as YAML reads them; everything else (globs, patterns) is text."""
+def _is_text(hint: Any) -> bool:
+    """Whether an option of this type holds text only: `str`, `tuple[str, ...]`, and either with None."""
+    inner = [kind for kind in typing.get_args(hint) if kind not in (type(None), ...)]
+    return hint is str or (bool(inner) and all(map(_is_text, inner)))
+
+
+def _scalar(value: str, *, verbatim: bool) -> Any:
+    """Numbers, booleans, null and [lists] as YAML reads them; everything else (globs, patterns) is text.
+
+    With `verbatim` only null and [lists] are: modules may be called "2" or "on".
+    """
     if value.startswith("["):
-        return [_scalar(v) for v in _split(value[1:-1])]
+        return [_scalar(v, verbatim=verbatim) for v in _split(value[1:-1])]
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
         return value
-    return parsed if isinstance(parsed, (int, float, bool, type(None))) and ":" not in value else value
+    kinds = (type(None),) if verbatim else (int, float, bool, type(None))
+    return parsed if isinstance(parsed, kinds) and ":" not in value else value

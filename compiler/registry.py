@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import importlib.metadata
 import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from typing import Any, TypeVar
 
 import pluggy
@@ -38,8 +41,9 @@ class Registry:
         self.manager = pluggy.PluginManager("paretoc")
         self.manager.add_hookspecs(hookspecs)
         self.plugins: list[PluginInfo] = []
-        for entry_point in sorted(entry_points, key=_built_in_first):
-            self._load(entry_point)
+        # an editable install beside a build folder may list an entry point twice; Python imports the first it finds
+        for _, same in groupby(sorted(entry_points, key=_built_in_first), key=_built_in_first):
+            self._load(next(same))
         self.passes = self._collect("paretoc_passes", lambda cls: cls.name)
         self.encodings = self._collect("paretoc_encodings", lambda cls: cls.__name__)
         self.fitters = self._collect("paretoc_fitters", lambda fitter: fitter.name)
@@ -66,7 +70,10 @@ class Registry:
         """Forget a broken plugin, and say so."""
         if self.manager.has_plugin(f"{distribution}:{name}"):
             self.manager.unregister(name=f"{distribution}:{name}")
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        lines = str(error).splitlines() or [""]
+        # pluggy names the plugin first and what is wrong with it last
+        reason = "; ".join(lines) if isinstance(error, pluggy.PluginValidationError) else lines[0]
+        problem = f"{type(error).__name__}: {reason}"
         self.plugins = [p for p in self.plugins if (p.name, p.distribution) != (name, distribution)]
         self.plugins.append(PluginInfo(name, distribution, problem))
         warnings.warn(f"the paretoc plugin {name!r} of {distribution!r} is skipped: {problem}", stacklevel=2)
@@ -100,8 +107,11 @@ class Registry:
     def pass_class(self, name: str) -> type[Pass]:
         return self.find("pass", self.passes, name, "passes=")  # type: ignore[no-any-return]
 
-    def fitter(self, name: str) -> Fitter:
-        return self.find("fitter", self.fitters, name, "fitter=")  # type: ignore[no-any-return]
+    def fitter(self, text: str) -> Fitter:
+        """A fitter by name, or by name and options: "gptq(act_order=True)"."""
+        name, bracket, _ = text.partition("(")
+        fitter = self.find("fitter", self.fitters, name.strip(), "fitter=")
+        return _with_options(fitter, text) if bracket else fitter  # type: ignore[no-any-return]
 
     def token_rule(self, name: str) -> TokenRule:
         return self.find("token rule", self.token_rules, name, "rule=")  # type: ignore[no-any-return]
@@ -111,6 +121,27 @@ class Registry:
 
     def encoding(self, name: str) -> type[Encoding]:
         return self.find("encoding", self.encodings, name, "encoding")  # type: ignore[no-any-return]
+
+
+def _with_options(fitter: Any, text: str) -> Any:
+    """Only literals: nothing is executed."""
+    names = [f.name for f in dataclasses.fields(fitter)]
+    try:
+        call = ast.parse(text, mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        options = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AssertionError) as error:
+        raise OptionError(
+            f"{text!r} is not a fitter", where="fitter=", fix=f"write it like {fitter.name}(option=value)"
+        ) from error
+    unknown = next((name for name in options if name not in names), None)
+    if unknown is not None:
+        raise OptionError(
+            f"the fitter {fitter.name!r} has no option {unknown!r}",
+            where="fitter=",
+            fix=did_you_mean(unknown, names) if names else "it has none",
+        )
+    return dataclasses.replace(fitter, **options)
 
 
 def _built_in_first(entry_point: importlib.metadata.EntryPoint) -> tuple[bool, str, str]:

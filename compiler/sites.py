@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from .program import Program, argument, describe, module_class, module_path, operands, shape_of
+from .statistics import Window
 
 aten = torch.ops.aten
 
@@ -62,6 +63,20 @@ class Site:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(int(s) for s in shape_of(self.weight))
+
+    @property
+    def window(self) -> Window | None:
+        """How a convolution slides; None for anything else."""
+        if self.kind != "conv":
+            return None
+        rank = len(self.shape) - 2
+        given = operands(self.node)[3:]
+        stride, padding, dilation = (
+            tuple(int(v) for v in (value if len(value) == rank else value * rank))
+            for value in (*given[:3], *((1,), (0,), (1,))[len(given[:3]) :])
+        )
+        groups = given[-1] if len(given) in (4, 6) else 1
+        return Window(self.shape[2:], stride, padding, dilation, int(groups))
 
     def describe(self) -> str:
         return f"{self.kind} {self.path!r}, {describe(self.node)}"

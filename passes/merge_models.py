@@ -29,7 +29,7 @@ class MergeModels(Pass):
 
     linear: `weights` has one entry for the compiled model and one for each of `models` (default: all equal).
     task_arithmetic: the compiled model is the base; `weights` has one entry for each of `models` (default 1), and
-    `scale` is λ.
+    `scale` is λ. A tied weight may be held under any of its names.
     """
 
     name: ClassVar[str] = "merge_models"
@@ -62,9 +62,7 @@ class MergeModels(Pass):
         object.__setattr__(self, "weights", weights)
 
     def apply(self, program: Program, ctx: Context) -> PassResult:
-        donors = [_state(model, index) for index, model in enumerate(self.models)]
-        for index, donor in enumerate(donors):
-            _check_same_architecture(program, donor, index)
+        donors = [_fitted(program, _state(model, index), index) for index, model in enumerate(self.models)]
         cosines = []
         for name, own in program.weights().items():
             if not own.is_floating_point() or name not in donors[0]:
@@ -108,15 +106,41 @@ def _state(model: Any, index: int) -> dict[str, Tensor]:
     )
 
 
-def _check_same_architecture(program: Program, donor: Mapping[str, Tensor], index: int) -> None:
+def _fitted(program: Program, donor: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """The donor's tensors under the names of this program's weights: it may hold a tied one under another name."""
+    _check_finite(donor, index)
+    held = _by_first_name(program, donor, index)
+    first = {name: program.state_names.get(name, name) for name in program.weights()}
+    fitted = {name: held[first[name]] for name in first if first[name] in held}
+    _check_same_architecture(program, donor, fitted, index)
+    return fitted
+
+
+def _by_first_name(program: Program, donor: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """The donor's tensors, each tied weight once, under the first of its names in the original model."""
+    names: dict[str, str] = {}
+    for name, tensor in donor.items():
+        twin = names.setdefault(program.state_names.get(name, name), name)
+        if twin != name and not torch.equal(donor[twin], tensor):
+            raise PassError(
+                f"{twin!r} and {name!r} of models[{index}] differ, and are one tied weight here",
+                where="pass 'merge_models'",
+                fix="tie them in that model too, or untie them in this one before you compile it",
+            )
+    return {first: donor[name] for first, name in names.items()}
+
+
+def _check_same_architecture(
+    program: Program, donor: Mapping[str, Tensor], fitted: Mapping[str, Tensor], index: int
+) -> None:
     own = program.weights()
-    missing = sorted(n for n in program.state_names if n not in donor and n in own)
+    missing = sorted(n for n in own if n in program.state_names and n not in fitted)
     extra = sorted(set(donor) - set(program.state_names)) if program.state_names else []
-    shapes = [n for n in own if n in donor and own[n].shape != donor[n].shape]
+    shapes = [n for n in fitted if own[n].shape != fitted[n].shape]
     if missing or extra or shapes:
         if shapes:
             name = shapes[0]
-            what = f"{name!r} has shape {list(donor[name].shape)}, here {list(own[name].shape)}"
+            what = f"{name!r} has shape {list(fitted[name].shape)}, here {list(own[name].shape)}"
         else:
             what = f"it lacks {missing[0]!r}" if missing else f"it has {extra[0]!r}, which this model has not"
         raise PassError(
@@ -124,6 +148,9 @@ def _check_same_architecture(program: Program, donor: Mapping[str, Tensor], inde
             where=f"pass 'merge_models' ({len(missing)} missing, {len(extra)} extra, {len(shapes)} of other shape)",
             fix="merge models that were fine-tuned from one base",
         )
+
+
+def _check_finite(donor: Mapping[str, Tensor], index: int) -> None:
     bad = next((n for n, t in donor.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
     if bad:
         raise PassError(

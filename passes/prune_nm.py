@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..compiler.encodings import NM
-from ..compiler.errors import OptionError, ParetocError, PassError
-from ..compiler.passes import Context, PassResult, Phase, SitePass
+from ..compiler.errors import OptionError, ParetocError
+from ..compiler.passes import Phase
 from ..compiler.program import Program
+from ..compiler.reencode import EncodePass
 from ..compiler.sites import Site
 
 
 @dataclass(frozen=True)
-class PruneNM(SitePass):
+class PruneNM(EncodePass):
     """`pattern` is "n:m". Sites whose input width m does not divide, and grouped convolutions, are left and listed."""
 
     name: ClassVar[str] = "prune_nm"
@@ -39,38 +40,13 @@ class PruneNM(SitePass):
             ) from error
         return NM(n, m)
 
-    def apply(self, program: Program, ctx: Context) -> PassResult:
-        encoding, result, done = self.encoding(), PassResult(), set()
-        for site in self.sites(program):
-            name = program.weight_name(site.weight)
-            if name in done:
-                continue
-            reason = self._refusal(program, site)
-            if reason:
-                result.skipped[site.path] = reason
-                continue
-            program.encode(site.weight, encoding, encoding.encode(program.weight_value(site.weight)))
-            done.add(name)
-            result.matched.append(site.path)
-        if not done:
-            raise PassError(
-                f"no site can be pruned {self.pattern}: "
-                + "; ".join(f"{p}: {r}" for p, r in list(result.skipped.items())[:3]),
-                where="pass 'prune_nm'",
-                fix="widen targets=, or use another pattern",
-            )
-        program.refresh()
-        return result
-
-    def _refusal(self, program: Program, site: Site) -> str:
+    def refuse(self, program: Program, site: Site) -> str:
         if program.encoding(site.weight) is not None:
             return f"already stored as {program.encoding(site.weight)}"
-        if any(user.target not in (site.node.target,) for user in site.weight.users):
-            return "its weight is also used by another kind of operator (tied)"
-        if site.kind == "conv" and site.node.args[-1] != 1 and len(site.node.args) >= 7:
+        if site.window is not None and site.window.groups != 1:
             return "grouped convolution"
         try:
             self.encoding().check(program.weight_value(site.weight))
         except ParetocError as error:
             return error.what
-        return ""
+        return super().refuse(program, site)

@@ -1,61 +1,78 @@
-"""y = x·Wᵀ → y = q(x)·decode(codes, scales)ᵀ: weights stored as integers, activations rounded to 8 bits on the way in.
+"""y = x·Wᵀ → y = q(x)·decode(codes, scales)ᵀ: weights under an encoding, activations rounded on the way in.
 
 | scheme | weights | activations |
 |---|---|---|
 | W8A8 | int8 per channel | uint8 per tensor, range from calibration |
 | W8A8-dynamic | int8 per channel | 8 bit, range found per call: of the tensor, or of each token |
 | W8A16 | int8 per channel | as they are |
-| W4A16 | int4 in groups of 32, 64 or 128 | as they are |
+| W4A16, W3A16, W2A16 | integers in groups of 32 | as they are |
+| W4A8, W4A4 | int4 in groups of 32 | 8 or 4 bit, range of each token |
 
-Jacob et al. 2018 (integer inference), Dettmers et al. 2022 (per-channel by per-token). Lossy.
+Any other weight encoding: `weights=`. Jacob et al. 2018 (integer inference), Dettmers et al. 2022 (per-channel by
+per-token). Lossy.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from ..compiler.encodings import NM, Affine, Arrays, Dense, Encoding
-from ..compiler.errors import OptionError, ParetocError, PassError, did_you_mean
-from ..compiler.passes import Context, PassResult, Phase, SitePass
+from ..compiler.encodings import NM, Affine, Dense, Encoding, parse_encoding
+from ..compiler.errors import OptionError, ParetocError, did_you_mean
+from ..compiler.passes import Context, PassResult, Phase
 from ..compiler.program import Program
 from ..compiler.protocols import Fitter
+from ..compiler.reencode import EncodePass, inside
 from ..compiler.registry import registry
-from ..compiler.sites import Site, weight_sites
+from ..compiler.sites import EMBEDDING, Site
 from ..compiler.statistics import MinMax, Statistic
 
 
 @dataclass(frozen=True)
+class Activations:
+    """How inputs are rounded. `mode` "static" or "dynamic"; `code` and `granularity` are those of
+    `paretoc::fake_quantize_dynamic`."""
+
+    mode: str
+    code: str = "int8"
+    granularity: str = "tensor"
+
+
+@dataclass(frozen=True)
 class Scheme:
-    """What a scheme name means. `activations`: "static", "dynamic" or None."""
+    """What a scheme name means."""
 
-    bits: int
-    group: int
-    activations: str | None
-    kinds: tuple[str, ...]
+    weights: Encoding
+    activations: Activations | None
+    kinds: tuple[str, ...] = ("linear",)
 
 
+_ALL = ("linear", "conv")
 SCHEMES = {
-    "W8A8": Scheme(8, 0, "static", ("linear", "conv")),
-    "W8A8-dynamic": Scheme(8, 0, "dynamic", ("linear", "conv")),
-    "W8A16": Scheme(8, 0, None, ("linear", "conv")),
-    "W4A16": Scheme(4, 32, None, ("linear",)),
+    "W8A8": Scheme(Affine(8), Activations("static"), _ALL),
+    "W8A8-dynamic": Scheme(Affine(8), Activations("dynamic"), _ALL),
+    "W8A16": Scheme(Affine(8), None, _ALL),
+    "W4A16": Scheme(Affine(4, 32), None),
+    "W3A16": Scheme(Affine(3, 32), None),
+    "W2A16": Scheme(Affine(2, 32, symmetric=False), None),
+    "W4A8": Scheme(Affine(4, 32), Activations("dynamic", "int8", "token")),
+    "W4A4": Scheme(Affine(4, 32), Activations("dynamic", "int4", "token")),
 }
 _EMBEDDING = Affine(bits=8, group=0)
 
 
 @dataclass(frozen=True)
-class Quantize(SitePass):
-    """Quantise weights and, with A8 schemes, the inputs of the operators that read them.
+class Quantize(EncodePass):
+    """Quantise weights and, with schemes other than …A16, the inputs of the operators that read them.
 
-    `group_size` (weights per scale along the input axis) applies to W4A16. `granularity` "tensor" or "token" applies
-    to W8A8-dynamic. `embeddings=True` stores embedding tables as int8 with one scale a row. `fitter` names how
-    codes are chosen.
+    `weights` replaces the weight encoding of the scheme: an `Encoding`, or its text. `group_size` (weights per scale
+    along the input axis) and `symmetric` change that of the scheme. `granularity`, "tensor" or "token", applies to
+    dynamic activations. `embeddings=True` stores embedding tables as int8 with one scale a row. `fitter` chooses the
+    codes: a name, a name with options ("gptq(act_order=True)"), or a `Fitter`; with one that needs data, `sequential`
+    fits every layer to the inputs that the layers already quantised give it.
     """
 
     name: ClassVar[str] = "quantize"
@@ -63,11 +80,13 @@ class Quantize(SitePass):
     positional: ClassVar[str | None] = "scheme"
 
     scheme: str = "W8A8-dynamic"
-    fitter: str = "mse"
+    fitter: str | Fitter = "mse"
     group_size: int | None = None
-    granularity: str = "tensor"
+    granularity: str | None = None
     embeddings: bool = False
-    symmetric: bool = True
+    symmetric: bool | None = None
+    weights: str | Encoding | None = None
+    sequential: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,83 +94,87 @@ class Quantize(SitePass):
             raise OptionError(
                 f"there is no scheme {self.scheme!r}", where="pass 'quantize'", fix=did_you_mean(self.scheme, SCHEMES)
             )
-        if self.group_size is not None and (SCHEMES[self.scheme].group == 0 or self.group_size <= 0):
-            raise OptionError(
-                f"group_size={self.group_size} does not apply to {self.scheme}",
-                where="pass 'quantize'",
-                fix="use it with W4A16 and a positive size such as 32, 64 or 128",
-            )
-        if self.granularity not in ("tensor", "token"):
+        self._check_group_size()
+        activations = SCHEMES[self.scheme].activations
+        if self.granularity not in (None, "tensor", "token"):
             raise OptionError(
                 f"granularity {self.granularity!r} is not known",
                 where="pass 'quantize'",
                 fix="use 'tensor' (one range a call, the fast kernel on ONNX Runtime) or 'token' (one range a token)",
             )
-        reason = self._fitter().refuse(self.weight_encoding())
-        if reason:
+        if self.granularity and (activations is None or activations.mode != "dynamic"):
+            raise OptionError(
+                f"granularity={self.granularity} does not apply to {self.scheme}",
+                where="pass 'quantize'",
+                fix="use it with W8A8-dynamic, W4A8 or W4A4",
+            )
+        if reason := self.fitted_by().refuse(self.encoding()):
             raise OptionError(reason, where="pass 'quantize'", fix="use fitter=rtn")
+
+    def _check_group_size(self) -> None:
+        size, default = self.group_size, SCHEMES[self.scheme].weights
+        grouped = self.weights is None and isinstance(default, Affine) and default.group > 0
+        if size is not None and not (grouped and size > 0):
+            raise OptionError(
+                f"group_size={size} does not apply to {self.weights or self.scheme}",
+                where="pass 'quantize'",
+                fix="use it with W4A16 and a positive size such as 32, 64 or 128",
+            )
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]  # depends on the scheme
-        return SCHEMES[self.scheme].activations == "static"
+        return (self.activations is not None and self.activations.mode == "static") or not self.fitted_by().data_free
 
-    def _fitter(self) -> Fitter:
-        return registry().fitter(self.fitter)
+    @property
+    def activations(self) -> Activations | None:
+        chosen = SCHEMES[self.scheme].activations
+        return replace(chosen, granularity=self.granularity) if chosen and self.granularity else chosen
 
-    def weight_encoding(self) -> Affine:
-        scheme = SCHEMES[self.scheme]
-        return Affine(bits=scheme.bits, group=self.group_size or scheme.group, symmetric=self.symmetric)
+    def fitted_by(self) -> Fitter:
+        return registry().fitter(self.fitter) if isinstance(self.fitter, str) else self.fitter
+
+    def encoding(self) -> Encoding:
+        if self.weights is not None:
+            return parse_encoding(self.weights) if isinstance(self.weights, str) else self.weights
+        chosen = SCHEMES[self.scheme].weights
+        assert isinstance(chosen, Affine)
+        symmetric = chosen.symmetric if self.symmetric is None else self.symmetric
+        return replace(chosen, group=self.group_size or chosen.group, symmetric=symmetric)
 
     def default_kinds(self) -> tuple[str, ...]:
         return SCHEMES[self.scheme].kinds + (("embedding",) if self.embeddings else ())
 
     def needs(self, program: Program) -> list[Statistic]:
-        if not self.needs_calibration:
+        if self.activations is None or self.activations.mode != "static":
             return []
         return [MinMax(s.input.name) for s in self.sites(program) if s.kind != "embedding"]
 
     def apply(self, program: Program, ctx: Context) -> PassResult:
-        selection = self.select(program)
         result = PassResult()
-        jobs: dict[str, tuple[Site, Encoding]] = {}
-        used_by = _kinds_by_weight(program)
-        for site in selection.sites:
-            name = program.weight_name(site.weight)
-            assert name is not None
-            encoding = self._encoding_for(program, site, used_by[name], result)
-            if encoding is not None:
-                jobs.setdefault(name, (site, encoding))
-        fit = partial(_fit, self._fitter())
-        stored = ctx.map(fit, [(s, e, program.weight_value(s.weight)) for s, e in jobs.values()], "quantising")
-        quantised = {site.node for site in selection.sites if program.weight_name(site.weight) in jobs}
-        for (site, encoding), arrays in zip(jobs.values(), stored, strict=True):
-            program.encode(site.weight, encoding, arrays)
-        for site in weight_sites(program):
-            if site.node in quantised:
-                result.matched.append(site.path)
-        self._quantize_inputs(program, [s for s in selection.sites if s.node in quantised], ctx)
-        program.refresh()
-        if not jobs:
-            raise PassError(
-                "nothing was quantised: " + "; ".join(f"{p}: {r}" for p, r in list(result.skipped.items())[:3]),
-                where="pass 'quantize'",
-                fix="widen targets=, or use embeddings=true",
-            )
+        chosen = self.distinct(program, result)
+        tables = [s for s in chosen if any(user.target in EMBEDDING for user in s.weight.users)]
+        jobs = [(s, self._checked(program, s, self.encoding())) for s in chosen if s not in tables]
+        rows = [(s, self._checked(program, s, _EMBEDDING)) for s in tables]
+        matched = set(result.matched)
+        before = None if self.sequential else program.clone()
+        self._quantize_inputs(program, [s for s in self.sites(program) if s.path in matched], ctx)
+        self.store(program, jobs, ctx, self.fitted_by(), watch=before)
+        self.store(program, rows, ctx, registry().fitter("mse"))
         return result
 
-    def _encoding_for(self, program: Program, site: Site, kinds: set[str], result: PassResult) -> Encoding | None:
+    def refuse(self, program: Program, site: Site) -> str:
         current = program.encoding(site.weight)
         values = current.values if isinstance(current, NM) else current
         if values is not None and not isinstance(values, Dense):
-            result.skipped[site.path] = f"already stored as {current}"
-            return None
-        if site.kind != "embedding" and "embedding" in kinds and not self.embeddings:
-            result.skipped[site.path] = "its weight is also an embedding table; use embeddings=true to quantise it"
-            return None
-        wanted = _EMBEDDING if "embedding" in kinds else self.weight_encoding()
-        encoding = dataclasses.replace(current, values=wanted) if isinstance(current, NM) else wanted
+            return f"already stored as {current}"
+        table = any(user.target in EMBEDDING for user in site.weight.users)
+        if site.kind != "embedding" and table and not self.embeddings:
+            return "its weight is also an embedding table; use embeddings=true to quantise it"
+        return ""
+
+    def _checked(self, program: Program, site: Site, encoding: Encoding) -> Encoding:
         try:
-            encoding.check(program.weight_value(site.weight))
+            inside(program.encoding(site.weight), encoding).check(program.weight_value(site.weight))
         except ParetocError as error:
             raise OptionError(
                 error.what,
@@ -162,8 +185,7 @@ class Quantize(SitePass):
 
     def _quantize_inputs(self, program: Program, sites: list[Site], ctx: Context) -> None:
         """One quantiser for each distinct input, shared by everything that reads it (q, k, v)."""
-        activations = SCHEMES[self.scheme].activations
-        if activations is None:
+        if self.activations is None:
             return
         done: dict[fx.Node, fx.Node] = {}
         for site in sites:
@@ -175,10 +197,12 @@ class Quantize(SitePass):
             site.node.update_arg(0, done[source])
 
     def _quantizer(self, program: Program, source: fx.Node, site: Site, ctx: Context) -> fx.Node:
-        graph = program.graph
-        if SCHEMES[self.scheme].activations == "dynamic":
+        graph, chosen = program.graph, self.activations
+        assert chosen is not None
+        if chosen.mode == "dynamic":
+            arguments = (source, chosen.granularity, chosen.code)
             with graph.inserting_before(site.node):
-                node = graph.call_function(torch.ops.paretoc.fake_quantize_dynamic.default, (source, self.granularity))
+                node = graph.call_function(torch.ops.paretoc.fake_quantize_dynamic.default, arguments)
         else:
             scale, zero = _uint8_range(ctx.statistic(MinMax(source.name)))
             stored = [
@@ -189,19 +213,6 @@ class Quantize(SitePass):
                 node = graph.call_function(torch.ops.paretoc.fake_quantize.default, (source, *stored))
         node.meta.update({k: site.node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in site.node.meta})
         return node
-
-
-def _fit(fitter: Fitter, job: tuple[Site, Encoding, Tensor]) -> Arrays:
-    _, encoding, weight = job
-    return encoding.encode(weight, fitter.fit)
-
-
-def _kinds_by_weight(program: Program) -> dict[str, set[str]]:
-    """Parameter name → the kinds of the sites that read it (tied weights have several)."""
-    kinds: dict[str, set[str]] = {}
-    for site in weight_sites(program):
-        kinds.setdefault(str(program.weight_name(site.weight)), set()).add(site.kind)
-    return kinds
 
 
 def _uint8_range(bounds: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ Laplace (a = 0.49), × 0.17 for Student-t₄ (a = 0.36), at 2¹⁸ weights a cha
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -18,12 +17,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..compiler.encodings import NM, Arrays, Dense, Encoding, Fit
-from ..compiler.encodings.packing import pack, packed_size, unpack
-from ..compiler.errors import OptionError, PassError
-from ..compiler.passes import Context, PassResult, Phase, SitePass
+from ..compiler.encodings import Arrays, Encoding, Fit, pack, packed_size, unpack
+from ..compiler.errors import OptionError
+from ..compiler.passes import Context, PassResult, Phase
 from ..compiler.program import Program
-from ..compiler.sites import Site
+from ..compiler.reencode import EncodePass
 
 #: where the exponent is searched: below, every code but 0 decodes to almost m; 1 is the uniform code
 _EXPONENTS = (0.1, 1.0)
@@ -87,7 +85,7 @@ class Power(Encoding):
 
 
 @dataclass(frozen=True)
-class PowerQuant(SitePass):
+class PowerQuant(EncodePass):
     """Store weights as `Power(bits, a)`; `exponent` sets a instead of searching it.
 
     What stays of N:M sparse weights is encoded inside the pattern. Weights that something else reads too (an
@@ -108,14 +106,11 @@ class PowerQuant(SitePass):
 
     def apply(self, program: Program, ctx: Context) -> PassResult:
         result = PassResult()
-        sites = _one_per_weight(program, self.sites(program), result)
-        weights = [program.weight_value(site.weight) for site in sites]
-        exponent = search_exponent(weights, self.bits) if self.exponent is None else self.exponent
-        encodings = [_inside(program.encoding(site.weight), Power(self.bits, exponent)) for site in sites]
-        stored = ctx.map(_encode, list(zip(encodings, weights, strict=True)), "powerquant")
-        for site, encoding, arrays in zip(sites, encodings, stored, strict=True):
-            program.encode(site.weight, encoding, arrays)
-        program.refresh()
+        sites = self.distinct(program, result)
+        exponent = self.exponent
+        if exponent is None:
+            exponent = search_exponent([program.weight_value(site.weight) for site in sites], self.bits)
+        self.store(program, [(site, Power(self.bits, exponent)) for site in sites], ctx)
         result.metrics["exponent"] = exponent
         return result
 
@@ -137,37 +132,3 @@ def _distance(power: Power, weight: Tensor) -> float:
     """‖W − Ŵ‖₂ without packing the codes."""
     codes, scale = power.quantize(weight)
     return float((weight.reshape(codes.shape) - power.look_up(codes) * scale).norm())
-
-
-def _one_per_weight(program: Program, sites: Sequence[Site], result: PassResult) -> list[Site]:
-    """The sites to encode, one where several share a weight; fills in what matched and what was skipped."""
-    chosen: dict[str, Site] = {}
-    for site in sites:
-        if reason := _refusal(program, site):
-            result.skipped[site.path] = reason
-        else:
-            chosen.setdefault(str(program.weight_name(site.weight)), site)
-            result.matched.append(site.path)
-    if not chosen:
-        reasons = "; ".join(f"{path}: {reason}" for path, reason in list(result.skipped.items())[:3])
-        raise PassError(f"no weight can be encoded: {reasons}", where="pass 'powerquant'", fix="widen targets=")
-    return list(chosen.values())
-
-
-def _refusal(program: Program, site: Site) -> str:
-    other = next((user for user in site.weight.users if user.target != site.node.target), None)
-    if other is not None:
-        return f"its weight is also read by {other.target}"
-    current = program.encoding(site.weight)
-    values = current.values if isinstance(current, NM) else current
-    return "" if values is None or isinstance(values, Dense) else f"already stored as {current}"
-
-
-def _inside(current: Encoding | None, power: Power) -> Encoding:
-    """Under an N:M pattern only the values that it keeps are encoded anew."""
-    return dataclasses.replace(current, values=power) if isinstance(current, NM) else power
-
-
-def _encode(job: tuple[Encoding, Tensor]) -> Arrays:
-    encoding, weight = job
-    return encoding.encode(weight)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...compiler.encodings import NM, Affine, Arrays, Dense, Encoding
+from ...compiler.encodings import NM, Affine, Arrays, Dense, Encoding, Parameters
 
 Array = NDArray[np.generic]
 
@@ -43,21 +43,18 @@ class Integers:
 
 def representable(encoding: Encoding) -> bool:
     """Whether `integers` can hold this encoding; the others are traced into the graph."""
-    if isinstance(encoding, (Affine, Dense)):
-        return True
-    if isinstance(encoding, NM):
-        values = encoding.values
-        aligned = isinstance(values, Affine) and (values.group <= 0 or values.group % encoding.n == 0)
-        return isinstance(values, Dense) or aligned
-    return False
+    values = encoding.values if isinstance(encoding, NM) else encoding
+    if isinstance(values, Affine):
+        aligned = not isinstance(encoding, NM) or values.group <= 0 or values.group % encoding.n == 0
+        return aligned and (values.symmetric or values.zero == "integer")
+    return isinstance(values, Dense)
 
 
 def integers(encoding: Encoding, arrays: Arrays, shape: tuple[int, ...]) -> Integers | None:
     """The integer form of an encoded weight, or None when it is stored in floating point."""
     if isinstance(encoding, Affine):
-        codes = encoding.codes(arrays, shape).reshape(shape)
-        zero = None if encoding.symmetric else encoding.zeros(arrays, shape)
-        return _make(codes, arrays["scale"], zero, encoding.bits, encoding.group)
+        codes, parameters = encoding.load(arrays, shape)
+        return _make(codes.reshape(shape), parameters, encoding.bits, encoding.group)
     if isinstance(encoding, NM) and isinstance(encoding.values, Affine):
         return _from_sparse(encoding, encoding.values, arrays, shape)
     return None
@@ -69,22 +66,22 @@ def _from_sparse(pattern: NM, values: Affine, arrays: Arrays, shape: tuple[int, 
         return None  # a group of packed weights spans kernel positions: no dense block matches it
     packed_shape = (shape[0], prod(shape[1:]) * pattern.n // pattern.m)
     inner = pattern.inner(arrays)
-    codes = values.codes(inner, packed_shape)
+    codes, parameters = values.load(inner, packed_shape)
     block = values.group * pattern.m // pattern.n if values.group > 0 else values.group
-    if values.symmetric:
-        return _make(pattern.scatter(codes, arrays, shape), inner["scale"], None, values.bits, block)
-    zero = values.zeros(inner, packed_shape)
-    rows, groups, _ = values.grid(packed_shape)
-    centred = codes.reshape(rows, groups, -1) - zero.unsqueeze(-1)
-    dense = pattern.scatter(centred.reshape(packed_shape), arrays, shape)
-    codes = (dense.reshape(rows, groups, -1) + zero.unsqueeze(-1)).reshape(shape)
-    return _make(codes, inner["scale"], zero, values.bits, block)
+    if not values.symmetric:
+        codes = codes - parameters["zero"].int().unsqueeze(-1)
+    dense = pattern.scatter(codes.reshape(packed_shape), arrays, shape)
+    if not values.symmetric:
+        rows, groups, _ = codes.shape
+        dense = (dense.reshape(rows, groups, -1) + parameters["zero"].int().unsqueeze(-1)).reshape(shape)
+    return _make(dense, parameters, values.bits, block)
 
 
-def _make(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, block: int) -> Integers:
+def _make(codes: torch.Tensor, parameters: Parameters, bits: int, block: int) -> Integers:
+    zero = parameters.get("zero")
     return Integers(
         codes.to(torch.int32).numpy(),
-        scale.float().numpy(),
+        parameters["scale"].float().numpy(),
         None if zero is None else zero.to(torch.int32).numpy(),
         bits,
         block,

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from onnx_ir import tape
 
+from ...compiler.dialect.activations import bits_of
 from ...compiler.encodings import parse_encoding
 from ...compiler.errors import LoweringError
 from .integers import Integers, integers, pack_bits
@@ -306,7 +307,7 @@ class Lowering:
         source = quantiser.inputs[0]
         assert source is not None
         granularity = _text(quantiser, "granularity") or quantiser.op_type
-        key = (source, granularity)
+        key = (source, granularity + _text(quantiser, "code"))
         if key not in self.quantised:
             self.quantised[key] = {
                 "StaticQuantize": self._static_codes,
@@ -321,15 +322,34 @@ class Lowering:
         return self.emit(quantiser, "QuantizeLinear", [source, scale, zero]), scale, zero
 
     def _tensor_codes(self, quantiser: ir.Node, source: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        codes, scale, zero = self.emit(quantiser, "DynamicQuantizeLinear", [source], outputs=3)
-        return codes, scale, zero
+        bits = bits_of(_text(quantiser, "code"))
+        if bits == 8:
+            codes, scale, zero = self.emit(quantiser, "DynamicQuantizeLinear", [source], outputs=3)
+            return codes, scale, zero
+        nought = self.constant("range.nought", np.array(0, dtype=np.float32))
+        low, high = (
+            self.emit(quantiser, bound, [self.emit(quantiser, reduce, [source], {"keepdims": 0}), nought])
+            for bound, reduce in (("Min", "ReduceMin"), ("Max", "ReduceMax"))
+        )
+        levels = self.constant(f"range.levels{bits}", np.array((1 << bits) - 1, dtype=np.float32))
+        scale = self.emit(quantiser, "Div", [self.emit(quantiser, "Sub", [high, low]), levels])
+        one = self.constant("range.one", np.array(1, dtype=np.float32))
+        scale = self.emit(quantiser, "Where", [self.emit(quantiser, "Greater", [scale, nought]), scale, one])
+        shift = self.emit(
+            quantiser, "Round", [self.emit(quantiser, "Neg", [self.emit(quantiser, "Div", [low, scale])])]
+        )
+        codes = self.emit(quantiser, "Round", [self.emit(quantiser, "Div", [source, scale])])
+        codes = self.emit(quantiser, "Clip", [self.emit(quantiser, "Add", [codes, shift]), nought, levels])
+        to_codes = {"to": int(ir.DataType.UINT8)}
+        return self.emit(quantiser, "Cast", [codes], to_codes), scale, self.emit(quantiser, "Cast", [shift], to_codes)
 
     def _token_codes(self, quantiser: ir.Node, source: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Symmetric codes around 128: unsigned, because u8×s8 is the fast product on x86."""
         axes = self.constant("axes.last", np.array([-1], dtype=np.int64))
         peak = self.emit(quantiser, "ReduceMax", [self.emit(quantiser, "Abs", [source]), axes], {"keepdims": 1})
         floor = self.constant("token.smallest_peak", np.array(1e-8, dtype=np.float32))
-        levels = self.constant("token.levels", np.array(127, dtype=np.float32))
+        bits = bits_of(_text(quantiser, "code"))
+        levels = self.constant(f"token.levels{bits}", np.array((1 << bits - 1) - 1, dtype=np.float32))
         scale = self.emit(quantiser, "Div", [self.emit(quantiser, "Max", [peak, floor]), levels])
         rounded = self.emit(quantiser, "Round", [self.emit(quantiser, "Div", [source, scale])])
         offset = self.constant("token.offset", np.array(128, dtype=np.float32))

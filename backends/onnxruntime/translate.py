@@ -39,10 +39,9 @@ def _fake_quantize(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return symbolic("paretoc::StaticQuantize", [x, scale, zero], dtype=x.dtype, shape=x.shape, version=1)
 
 
-def _fake_quantize_dynamic(x: Tensor, granularity: str) -> Tensor:
-    return symbolic(
-        "paretoc::DynamicQuantize", [x], {"granularity": granularity}, dtype=x.dtype, shape=x.shape, version=1
-    )
+def _fake_quantize_dynamic(x: Tensor, granularity: str, code: str = "int8") -> Tensor:
+    attributes: dict[str, Any] = {"granularity": granularity, "code": code}
+    return symbolic("paretoc::DynamicQuantize", [x], attributes, dtype=x.dtype, shape=x.shape, version=1)
 
 
 def _top(values: Tensor, count: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:

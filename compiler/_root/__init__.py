@@ -16,17 +16,27 @@ _PUBLIC = {
     "Program": "program",
     "Pass": "passes",
     "SitePass": "passes",
+    "EncodePass": "reencode",
     "PassResult": "passes",
     "Context": "passes",
     "Phase": "passes",
     "Statistic": "statistics",
+    "Hessian": "statistics",
+    "ChannelMean": "statistics",
+    "ChannelMax": "statistics",
+    "MinMax": "statistics",
+    "Sample": "statistics",
     "Encoding": "encodings",
     "Dense": "encodings",
     "Affine": "encodings",
+    "Scaled": "encodings",
+    "Parameters": "encodings",
+    "innermost": "encodings",
     "NM": "encodings",
     "Arrays": "encodings",
     "Fit": "encodings",
     "parse_encoding": "encodings",
+    "register_encoding": "encodings",
     "pack": "encodings",
     "unpack": "encodings",
     "packed_size": "encodings",
@@ -35,6 +45,8 @@ _PUBLIC = {
     "TokenState": "protocols",
     "Reduced": "protocols",
     "Fitter": "protocols",
+    "DataFree": "protocols",
+    "Evidence": "protocols",
     "Backend": "backend",
     "Executable": "backend",
     "Row": "backend",
@@ -71,9 +83,13 @@ if TYPE_CHECKING:
     from paretoc.compiler.encodings import Dense as Dense
     from paretoc.compiler.encodings import Encoding as Encoding
     from paretoc.compiler.encodings import Fit as Fit
+    from paretoc.compiler.encodings import Parameters as Parameters
+    from paretoc.compiler.encodings import Scaled as Scaled
+    from paretoc.compiler.encodings import innermost as innermost
     from paretoc.compiler.encodings import pack as pack
     from paretoc.compiler.encodings import packed_size as packed_size
     from paretoc.compiler.encodings import parse_encoding as parse_encoding
+    from paretoc.compiler.encodings import register_encoding as register_encoding
     from paretoc.compiler.encodings import unpack as unpack
     from paretoc.compiler.errors import ArtifactError as ArtifactError
     from paretoc.compiler.errors import CalibrationError as CalibrationError
@@ -93,12 +109,20 @@ if TYPE_CHECKING:
     from paretoc.compiler.passes import Phase as Phase
     from paretoc.compiler.passes import SitePass as SitePass
     from paretoc.compiler.program import Program as Program
+    from paretoc.compiler.protocols import DataFree as DataFree
+    from paretoc.compiler.protocols import Evidence as Evidence
     from paretoc.compiler.protocols import Fitter as Fitter
     from paretoc.compiler.protocols import Reduced as Reduced
     from paretoc.compiler.protocols import TokenRule as TokenRule
     from paretoc.compiler.protocols import TokenState as TokenState
+    from paretoc.compiler.reencode import EncodePass as EncodePass
     from paretoc.compiler.report import Report as Report
     from paretoc.compiler.sites import Site as Site
+    from paretoc.compiler.statistics import ChannelMax as ChannelMax
+    from paretoc.compiler.statistics import ChannelMean as ChannelMean
+    from paretoc.compiler.statistics import Hessian as Hessian
+    from paretoc.compiler.statistics import MinMax as MinMax
+    from paretoc.compiler.statistics import Sample as Sample
     from paretoc.compiler.statistics import Statistic as Statistic
     from paretoc.passes import Canonicalize as Canonicalize
     from paretoc.passes import MergeModels as MergeModels

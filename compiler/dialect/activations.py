@@ -26,25 +26,33 @@ def reference_fake_quantize(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("paretoc::fake_quantize_dynamic", mutates_args=())
-def fake_quantize_dynamic(x: Tensor, granularity: str) -> Tensor:
-    """Quantise with a range found at run time, 8 bit.
+def fake_quantize_dynamic(x: Tensor, granularity: str, code: str = "int8") -> Tensor:
+    """Quantise with a range found at run time; `code` is int2 … int8.
 
-    granularity "tensor": unsigned, asymmetric, one range, exactly ONNX DynamicQuantizeLinear.
-    granularity "token": symmetric, scale = max|x| / 127 over the last axis.
+    granularity "tensor": unsigned, asymmetric, one range, with int8 exactly ONNX DynamicQuantizeLinear.
+    granularity "token": symmetric, scale = max|x| / (2^(b−1) − 1) over the last axis.
     """
-    return reference_fake_quantize_dynamic(x, granularity)
+    return reference_fake_quantize_dynamic(x, granularity, code)
 
 
-def reference_fake_quantize_dynamic(x: Tensor, granularity: str) -> Tensor:
-    values = x.float()
+def bits_of(code: str) -> int:
+    """The width of an integer code."""
+    if code.removeprefix("int") not in "2345678" or not code.startswith("int"):
+        raise ValueError(f"{code!r} is not an activation code; there are int2 … int8")
+    return int(code.removeprefix("int"))
+
+
+def reference_fake_quantize_dynamic(x: Tensor, granularity: str, code: str = "int8") -> Tensor:
+    values, bits = x.float(), bits_of(code)
     if granularity == "token":
-        scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
-        return (torch.round(values / scale).clamp(-127, 127) * scale).to(x.dtype)
-    low, high = values.amin().clamp(max=0), values.amax().clamp(min=0)
-    scale = (high - low) / 255
+        levels = (1 << bits - 1) - 1
+        scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-8) / levels
+        return (torch.round(values / scale).clamp(-levels, levels) * scale).to(x.dtype)
+    low, high, levels = values.amin().clamp(max=0), values.amax().clamp(min=0), (1 << bits) - 1
+    scale = (high - low) / levels
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    zero = torch.round((-low / scale).clamp(0, 255))
-    codes = (torch.round(values / scale) + zero).clamp(0, 255)
+    zero = torch.round((-low / scale).clamp(0, levels))
+    codes = (torch.round(values / scale) + zero).clamp(0, levels)
     return ((codes - zero) * scale).to(x.dtype)
 
 
@@ -54,5 +62,5 @@ def _(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 @fake_quantize_dynamic.register_fake
-def _(x: Tensor, granularity: str) -> Tensor:
+def _(x: Tensor, granularity: str, code: str = "int8") -> Tensor:
     return torch.empty_like(x)

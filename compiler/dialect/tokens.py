@@ -21,7 +21,17 @@ def bipartite_match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Ten
     return reference_bipartite_match(metric, r, protected)
 
 
+def _check_match(tokens: int, r: int, protected: int) -> None:
+    movable, receivers = (tokens + 1) // 2 - (protected + 1) // 2, tokens // 2 - protected // 2
+    if receivers <= 0 or not 0 <= r <= movable:
+        raise ValueError(
+            f"r={r} is out of range: of {tokens} tokens, {protected} protected, "
+            f"{max(movable, 0)} may move to {max(receivers, 0)}"
+        )
+
+
 def reference_bipartite_match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
+    _check_match(metric.shape[1], r, protected)
     metric = normalize(metric.float(), dim=-1)
     in_a, in_b = (protected + 1) // 2, protected // 2
     scores = metric[:, ::2][:, in_a:] @ metric[:, 1::2][:, in_b:].transpose(-1, -2)
@@ -35,6 +45,7 @@ def reference_bipartite_match(metric: Tensor, r: int, protected: int) -> tuple[T
 
 @bipartite_match.register_fake
 def _(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
+    _check_match(metric.shape[1], r, protected)
     batch, half = metric.shape[0], (metric.shape[1] + 1) // 2
     kinds = {"dtype": torch.int64, "device": metric.device}
     return (
@@ -84,7 +95,16 @@ def keep_tokens(x: Tensor, scores: Tensor, keep: int, protected: int, fuse: bool
     return reference_keep_tokens(x, scores, keep, protected, fuse)
 
 
+def _check_keep(tokens: int, keep: int, protected: int) -> None:
+    if not 0 <= keep <= tokens - protected:
+        raise ValueError(
+            f"keep={keep} is out of range: of {tokens} tokens, {protected} protected, "
+            f"{max(tokens - protected, 0)} can be kept"
+        )
+
+
 def reference_keep_tokens(x: Tensor, scores: Tensor, keep: int, protected: int, fuse: bool) -> Tensor:
+    _check_keep(x.shape[1], keep, protected)
     order = torch.sort(scores[:, protected:], dim=-1, descending=True, stable=True).indices + protected
     width = x.shape[-1]
     kept, dropped = order[:, :keep].sort(-1).values, order[:, keep:]
@@ -97,4 +117,5 @@ def reference_keep_tokens(x: Tensor, scores: Tensor, keep: int, protected: int, 
 
 @keep_tokens.register_fake
 def _(x: Tensor, scores: Tensor, keep: int, protected: int, fuse: bool) -> Tensor:
+    _check_keep(x.shape[1], keep, protected)
     return x.new_empty(x.shape[0], protected + keep + int(fuse), x.shape[2])

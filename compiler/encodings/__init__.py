@@ -2,18 +2,24 @@
 
 from ..hookspecs import hook
 from .affine import Affine
-from .base import Arrays, Encoding, Fit, parse_encoding, register_encoding, registered_encodings
+from .base import Arrays, Encoding, Fit, innermost, parse_encoding, register_encoding, registered_encodings
 from .dense import Dense
 from .nm import NM
 from .packing import pack, packed_size, unpack
+from .scaled import Scaled
+from .scales import SCALES, Parameters
 
 __all__ = [
     "NM",
+    "SCALES",
     "Affine",
     "Arrays",
     "Dense",
     "Encoding",
     "Fit",
+    "Parameters",
+    "Scaled",
+    "innermost",
     "pack",
     "packed_size",
     "parse_encoding",

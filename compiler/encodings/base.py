@@ -55,7 +55,20 @@ class Encoding:
         return total
 
     def __str__(self) -> str:
-        return repr(self)
+        """`Name(option=value, …)` without the last options that have their defaults, but with the first two."""
+        items = list(dataclasses.fields(self))  # type: ignore[arg-type]  # encodings are dataclasses
+        while len(items) > 2 and getattr(self, items[-1].name) == default_of(items[-1]):
+            items.pop()
+        return f"{type(self).__name__}({', '.join(f'{i.name}={_text(getattr(self, i.name))}' for i in items)})"
+
+
+def default_of(item: dataclasses.Field[Any]) -> Any:
+    """The default of a dataclass field; MISSING when it has none."""
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
+def _text(value: Any) -> str:
+    return str(value) if isinstance(value, Encoding) else repr(value)
 
 
 _ENCODINGS: dict[str, type[Encoding]] = {}
@@ -134,5 +147,7 @@ def _build(tree: ast.expr, text: str) -> Any:
         ) from error
 
 
-def default_fit(encoding: Encoding, weight: Tensor) -> Arrays:
-    return encoding.encode(weight)
+def innermost(encoding: Encoding) -> Encoding:
+    """The encoding that holds the numbers, inside the patterns around it (`NM(2, 4, values=…)`)."""
+    inner = getattr(encoding, "values", None)
+    return innermost(inner) if isinstance(inner, Encoding) else encoding

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from ...compiler.encodings import Arrays, Encoding
+from ...compiler.protocols import DataFree
 
 
 @dataclass(frozen=True)
-class Rtn:
+class Rtn(DataFree):
     """Round to nearest, scales from the range."""
 
-    name: str = "rtn"
+    name: ClassVar[str] = "rtn"
 
-    def refuse(self, encoding: Encoding) -> str | None:
-        return None
-
-    def fit(self, encoding: Encoding, weight: Tensor) -> Arrays:
+    def fit_values(self, encoding: Encoding, weight: Tensor) -> Arrays:
         return encoding.encode(weight)

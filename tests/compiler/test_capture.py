@@ -339,6 +339,15 @@ def test_an_exported_program_with_keywords():
     _same(program(shift=SHIFT, x=X), model(X, SHIFT), rtol=1e-6, atol=1e-6)
 
 
+def test_an_exported_program_that_fixed_the_batch_is_told_so(models):
+    program = capture(torch.export.export(models.Mlp().eval(), (torch.randn(2, 16),)))
+    assert program.dynamic == [{}]
+    assert program.notes == [
+        "the batch axis of 'x' is fixed at 2: the exported program fixed it; "
+        "export it again with dynamic_shapes to leave the axis open"
+    ]
+
+
 def test_an_exported_program_without_inputs_is_refused(models, refused):
     exported = torch.export.export(models.Mlp(), (torch.randn(2, 16),))
     exported.example_inputs = None

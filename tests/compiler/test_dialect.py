@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx
 import pytest
@@ -12,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from paretoc.compiler import dialect
 from paretoc.compiler.encodings import NM, Affine, Dense
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 ops = torch.ops.paretoc
 quick = settings(max_examples=60, deadline=None)
@@ -286,6 +289,52 @@ def test_the_slow_keep_is_right_on_a_case_done_by_hand():
     scores = torch.tensor([[0.9, 0.1, 0.5, 0.25]])
     torch.testing.assert_close(slow_keep(x, scores, 1, 1, True), torch.tensor([[[1.0], [3.0], [1.2]]]))
     assert slow_keep(x, scores, 2, 1, False).tolist() == [[[1.0], [3.0], [4.0]]]
+
+
+TOO_MANY = {
+    "match": (lambda x: ops.bipartite_match(x, 5, 1), "r=5 is out of range: of 9 tokens, 1 protected, 4 may move to 4"),
+    "match fewer than none": (lambda x: ops.bipartite_match(x, -1, 1), "r=-1 is out of range"),
+    "match with nobody": (lambda x: ops.bipartite_match(x[:, :3], 0, 2), "3 tokens, 2 protected, 1 may move to 0"),
+    "match all protected": (lambda x: ops.bipartite_match(x, 1, 9), "9 tokens, 9 protected, 0 may move to 0"),
+    "keep": (
+        lambda x: ops.keep_tokens(x, x[..., 0], 9, 1, False),
+        "keep=9 is out of range: of 9 tokens, 1 protected, 8 can be kept",
+    ),
+    "keep and fuse": (lambda x: ops.keep_tokens(x, x[..., 0], 8, 2, True), "keep=8 is out of range"),
+    "keep fewer than none": (lambda x: ops.keep_tokens(x, x[..., 0], -1, 2, True), "keep=-1 is out of range"),
+    "keep more than all protected": (lambda x: ops.keep_tokens(x, x[..., 0], 0, 10, False), "keep=0 is out of range"),
+}
+
+
+@pytest.mark.parametrize(("call", "sentence"), TOO_MANY.values(), ids=TOO_MANY)
+def test_a_count_that_does_not_fit_is_refused_by_the_run_and_the_shape_rule(call, sentence):
+    x = torch.randn(2, 9, 4)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        call(x)
+    with FakeTensorMode() as fake, pytest.raises(ValueError, match=re.escape(sentence)):
+        call(fake.from_tensor(x))
+
+
+def _shapes(call, *tensors) -> list[list[int]] | None:
+    """The shapes a call gives, None when it refuses."""
+    try:
+        got = call(*tensors)
+    except ValueError:
+        return None
+    return [list(t.shape) for t in (got if isinstance(got, tuple) else (got,))]
+
+
+@quick
+@given(st.integers(1, 12), st.integers(-1, 13), st.integers(0, 13), st.booleans())
+def test_the_shape_rule_gives_what_the_run_gives(tokens, count, protected, fuse):
+    x = torch.randn(2, tokens, 4)
+    for call in (
+        lambda x: ops.bipartite_match(x, count, protected),
+        lambda x: ops.keep_tokens(x, x[..., 0], count, protected, fuse),
+    ):
+        with FakeTensorMode() as fake:
+            told = _shapes(call, fake.from_tensor(x))
+        assert told == _shapes(call, x)
 
 
 # -- encoded weights -------------------------------------------------------------------------------------

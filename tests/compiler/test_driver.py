@@ -18,6 +18,7 @@ from paretoc.compiler.passes import Context, Pass, PassResult, Phase
 from paretoc.compiler.registry import registry
 from paretoc.compiler.sites import BATCH_NORM
 from paretoc.compiler.verify import encodings_by_weight
+from torch import nn
 
 X = torch.randn(4, 16)
 
@@ -159,9 +160,37 @@ def test_example_inputs_are_taken_from_the_calibration_data(models, reference):
         assert compiled(X[:1]).shape == (1, 8)
 
 
-def test_a_labelled_batch_is_no_example(models, reference, refused):
-    call = lambda: reference(models.Mlp(), [], None, calibration=[(X, torch.arange(4))])  # noqa: E731
-    refused(pc.CaptureError, "the example inputs do not fit the model: too many positional arguments", call)
+class Scaled(nn.Module):
+    """One argument by position, one by keyword."""
+
+    def forward(self, x, *, scale: float = 2.0):
+        return x * scale
+
+
+class Total(nn.Module):
+    """Any number of arguments by position."""
+
+    def forward(self, *parts):
+        return sum(parts)
+
+
+def test_the_label_of_a_batch_is_no_example(models, reference):
+    for batch in ((X, torch.arange(4)), [X, torch.arange(4)]):
+        compiled = reference(models.Mlp(), ["quantize:W8A8"], None, calibration=[batch])
+        assert compiled(X[:1]).shape == (1, 8)
+    for batch in ((X, torch.arange(4)), ((X, torch.arange(4)), {"scale": 2.0})):
+        compiled = reference(Scaled(), [], None, calibration=[batch])
+        assert compiled.original.interface.parameters == ("x", "scale")
+        assert len(compiled.original.example) == 1
+
+
+def test_a_model_of_any_number_of_inputs_has_no_label(reference):
+    compiled = reference(Total(), [], None, calibration=[(X, X + 1, X + 2)])
+    torch.testing.assert_close(compiled(X, X, X), 3 * X)
+
+
+def test_calibration_data_of_what_is_no_model_names_the_model(refused):
+    refused(pc.CaptureError, "cannot capture a int", lambda: pc.compile(3, calibration=[(X, X)]))
 
 
 def test_the_report(models, reference):
@@ -202,7 +231,7 @@ def test_explain_names_every_site(models, reference):
     explanation = reference(models.Mlp(), ["quantize:W4A16,group_size=8,targets=up"], X).explain()
     assert explanation.target == "eager"
     assert [(r.site, r.encoding, r.accelerated) for r in explanation.rows] == [
-        ("up", "Affine(bits=4, group=8, symmetric=True)", False),
+        ("up", "Affine(bits=4, group=8)", False),
         ("down", "dense", False),
     ]
     assert "decode" in explanation.rows[0].kernel

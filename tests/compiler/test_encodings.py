@@ -115,7 +115,7 @@ def test_affine_equals_the_textbook(bits, symmetric, group, shape):
     encoding = Affine(bits, group, symmetric)
     arrays = encoding.encode(weight)
     decoded, codes = slow_affine(weight.numpy(), bits, group, symmetric)
-    assert encoding.codes(arrays, shape).reshape(-1).tolist() == [c for row in codes for c in row]
+    assert encoding.load(arrays, shape)[0].reshape(-1).tolist() == [c for row in codes for c in row]
     assert torch.equal(encoding.decode(arrays, shape), torch.from_numpy(decoded))
 
 
@@ -158,15 +158,16 @@ def test_affine_of_a_constant_group(value, symmetric):
 
 def test_a_symmetric_code_leaves_out_the_extra_negative_level():
     encoding = Affine(4)
-    codes = encoding.codes(encoding.encode(torch.tensor([[-8.0, 8.0, 7.9, -7.9]])), (1, 4))
-    assert codes.tolist() == [[-7, 7, 7, -7]]
+    codes, _ = encoding.load(encoding.encode(torch.tensor([[-8.0, 8.0, 7.9, -7.9]])), (1, 4))
+    assert codes.tolist() == [[[-7, 7, 7, -7]]]
 
 
 def test_a_shrunk_range_clips():
     encoding = Affine(4)
-    scale, zero = encoding.parameters(torch.tensor([[7.0, 1.0, -7.0]]), 0.5)
-    assert scale.tolist() == [[0.5]]
-    assert encoding.quantize(torch.tensor([[7.0, 1.0, -7.0]]), scale, zero).tolist() == [[[7.0, 2.0, -7.0]]]
+    grouped = torch.tensor([[[7.0, 1.0, -7.0]]])
+    parameters = encoding.parameters(grouped, 0.5)
+    assert parameters["scale"].tolist() == [[0.5]]
+    assert encoding.quantize(grouped, parameters).tolist() == [[[7.0, 2.0, -7.0]]]
 
 
 def test_a_fit_is_used():
@@ -318,7 +319,7 @@ def test_the_text_form_round_trips(encoding):
 
 
 def test_the_text_form_is_what_documentation_shows():
-    assert str(NM(2, 4, Affine(4, 32))) == "NM(n=2, m=4, values=Affine(bits=4, group=32, symmetric=True))"
+    assert str(NM(2, 4, Affine(4, 32))) == "NM(n=2, m=4, values=Affine(bits=4, group=32))"
     assert parse_encoding("NM(2, 4, values=Affine(4, group=32))") == NM(2, 4, Affine(4, 32))
 
 
@@ -344,8 +345,8 @@ def test_bytes_counted_by_hand(encoding, shape, count):
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Affine(9), "Affine has 2 to 8 bits, not 9"),
-        (lambda: Affine(1), "Affine has 2 to 8 bits, not 1"),
+        (lambda: Affine(9), "Affine has 2 to 8 bits, or 1 when asymmetric, not 9"),
+        (lambda: Affine(1), "Affine has 2 to 8 bits, or 1 when asymmetric, not 1"),
         (lambda: Affine(4, -2), "group=-2 is not a group size"),
         (lambda: Affine(4, 32).check(torch.empty(8, 48)), "group size 32 does not divide the input width 48"),
         (lambda: Dense("int8"), "Dense stores no 'int8'"),
@@ -366,7 +367,7 @@ def test_bytes_counted_by_hand(encoding, shape, count):
         (lambda: parse_encoding("Affine(4"), "'Affine(4' is not an encoding"),
         (lambda: parse_encoding("Afine(4)"), "no encoding is called 'Afine'"),
         (lambda: parse_encoding("Affine(bitz=4)"), "Affine has no option 'bitz'"),
-        (lambda: parse_encoding("Affine(4, 32, True, 7)"), "Affine has 3 options, got 4"),
+        (lambda: parse_encoding("Affine(4, 32, True, 7, 8, 9)"), "Affine has 5 options, got 6"),
         (lambda: parse_encoding("Affine(bits=f.g(1))"), "'f.g(1)' is not a literal or a registered encoding"),
         (lambda: parse_encoding("__import__('os')"), "no encoding is called '__import__'"),
         (lambda: parse_encoding("8"), "'8' is not an encoding"),

@@ -53,6 +53,14 @@ FORMS = {
         Quantize(scheme="W8A16", targets=("*.mlp.*", "head"), ignore=("re:(up|down)$",)),
         ["quantize:W8A16,targets=[*.mlp.*,head],ignore=re:(up|down)$"],
     ),
+    "text that looks like a number": (
+        Quantize(scheme="W8A8", targets=("0", "on", "1e3"), ignore=("2",)),
+        [
+            "quantize:W8A8,targets=[0,on,1e3],ignore=2",
+            "quantize:W8A8,targets=[0,on,1e3],ignore=[2]",
+            {"quantize": {"scheme": "W8A8", "targets": ["0", "on", "1e3"], "ignore": "2"}},
+        ],
+    ),
     "a list of numbers": (
         MergeTokens(r=(3, 2, 1), layers=(0, 1, 2)),
         [
@@ -122,12 +130,14 @@ def test_a_recipe_may_include_another(tmp_path):
 @given(
     scheme=st.sampled_from(["W8A8", "W8A8-dynamic", "W8A16"]),
     fitter=st.sampled_from(["rtn", "mse"]),
-    granularity=st.sampled_from(["tensor", "token"]),
+    granularity=st.sampled_from([None, "tensor", "token"]),
     embeddings=st.booleans(),
     symmetric=st.booleans(),
-    targets=st.lists(st.sampled_from(["*.up", "Linear", "head", "re:^a$"]), max_size=3),
+    targets=st.lists(st.sampled_from(["*.up", "Linear", "head", "re:^a$", "2", "010"]), max_size=3),
 )
 def test_the_text_form_of_a_pass_reads_back(**options):
+    if options["scheme"] != "W8A8-dynamic":
+        del options["granularity"]
     built = Quantize(**options)
     assert one(built.describe()) == built
     assert one({"quantize": options}) == built
@@ -152,6 +162,7 @@ MISTAKES = {
         "did you mean 'fitter'?",
     ),
     "an unknown scheme": ("quantize:W8A9", "there is no scheme 'W8A9'", "did you mean"),
+    "a number for a scheme": ("quantize:8", "there is no scheme '8'", "known:"),
     "an unknown fitter": (
         "quantize:W8A16,fitter=ms",
         "there is no fitter called 'ms'",

@@ -170,10 +170,13 @@ def test_a_misspelt_hook_is_detected():
     assert [info.name for info in built.plugins if info.problem] == ["tools"]
 
 
-def test_a_hook_with_an_unknown_argument_is_detected():
+def test_a_hook_with_an_unknown_argument_is_named_with_the_argument():
     nosy = plugin("nosy", before_pass=lambda transform, secret: None)
-    built = skipped("Plugin 'someone-elses:nosy' for hook 'before_pass'", nosy)
+    built = skipped("Argument(s) {'secret'} are declared in the hookimpl but can not be found in the hookspec", nosy)
     assert not built.manager.has_plugin("someone-elses:nosy")
+    (info,) = built.plugins
+    assert info.problem.startswith("PluginValidationError: Plugin 'someone-elses:nosy' for hook 'before_pass'")
+    assert "\n" not in info.problem
 
 
 def _crash() -> Any:
@@ -220,6 +223,19 @@ def test_the_same_object_offered_twice_is_no_clash():
     cls = pass_called("polish")
     pair = [plugin(name, name, paretoc_passes=lambda: [cls]) for name in ("left", "right")]
     assert Registry(pair).pass_class("polish") is cls
+
+
+def test_a_plugin_that_is_found_twice_is_loaded_once():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        built = Registry([offering("tools", "polish"), offering("others", "grind"), offering("tools", "polish")])
+    assert set(built.passes) == {"polish", "grind"}
+    assert built.plugins == [PluginInfo("others", "someone-elses"), PluginInfo("tools", "someone-elses")]
+
+
+def test_a_broken_plugin_that_is_found_twice_is_named_once():
+    built = skipped("is skipped: ImportError", *[EntryPoint("flux", "flux-capacitor", _import_error)] * 2)
+    assert len(built.plugins) == 1
 
 
 # -- PARETOC_PLUGINS ----------------------------------------------------------------------------------------
@@ -301,7 +317,7 @@ def test_observers_see_every_pass_before_and_after(observer, reference, models):
 
 def test_a_pass_that_fails_is_seen_before_and_not_after(observer, reference, models, refused):
     x = torch.randn(2, 16)
-    refused(pc.PassError, "no site can be pruned", lambda: reference(models.Mlp(), ["prune_nm:5:7"], x))
+    refused(pc.PassError, "no weight can be encoded", lambda: reference(models.Mlp(), ["prune_nm:5:7"], x))
     assert [(when, what) for when, what, _ in observer.seen] == [
         ("before", "canonicalize"),
         ("after", "canonicalize"),

@@ -106,7 +106,7 @@ def test_a_fitter_fits_the_values_inside_a_sparsity_pattern():
 def test_a_pair_that_does_not_go_together_is_refused():
     assert Mse().refuse(Affine(4)) is None
     assert Rtn().refuse(Dense()) is None
-    assert Mse().refuse(Dense()) == "fitter 'mse' searches integer ranges; Dense(dtype='float32') has none"
+    assert Mse().refuse(Dense()) == "fitter 'mse' searches the ranges of scales; Dense(dtype='float32') has none"
 
 
 def test_the_fitters_are_registered():

@@ -151,30 +151,92 @@ def test_the_donors_are_left_alone(family, reference):
         assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
 
-ALIAS = pytest.mark.xfail(strict=True, reason="a program knows one name of a tied weight")
+# -- tied weights ----------------------------------------------------------------------------------------
+
+IDS = torch.randint(0, 48, (2, 5))
+TIED = ["embedding.weight", "lm_head.weight"]
 
 
-@pytest.mark.parametrize("name", ["embedding.weight", pytest.param("lm_head.weight", marks=ALIAS)])
+def _shifted(model: nn.Module, step: float, *without: str) -> dict[str, torch.Tensor]:
+    """A state dict with `step` added to every weight, and as a safetensors file has it: some names left out."""
+    return {name: tensor + step for name, tensor in model.state_dict().items() if name not in without}
+
+
+@pytest.mark.parametrize("name", TIED)
 def test_a_donor_may_hold_a_tied_weight_under_one_name(models, reference, name):
     base = models.TiedLanguageModel()
-    state = {n: t + 1 for n, t in base.state_dict().items()}
-    del state[name]
-    ids = torch.randint(0, 48, (2, 5))
-    compiled = reference(base, [MergeModels(models=(state,), weights=(0, 1))], ids)
+    compiled = reference(base, [MergeModels(models=(_shifted(base, 1, name),), weights=(0, 1))], IDS)
+    assert len(compiled.program.weights()) == 3
     assert all(torch.equal(t, base.state_dict()[n] + 1) for n, t in compiled.program.weights().items())
+
+
+@pytest.mark.parametrize("kept", TIED)
+def test_the_program_may_hold_a_tied_weight_under_either_name(models, reference, tmp_path, kept):
+    base = models.TiedLanguageModel()
+    if kept == "embedding.weight":  # the program keeps the name of the module that was made last
+        base.embedding = base._modules.pop("embedding")
+    donors = [_shifted(base, step, name) for step, name in zip((3, 6), TIED, strict=True)]
+    save_file(donors[1], tmp_path / "b.safetensors")
+    compiled = reference(base, [MergeModels(models=(donors[0], tmp_path / "b.safetensors"))], IDS)
+    assert set(compiled.program.weights()) & set(TIED) == {kept}
+    _equal(compiled, {n: t + 3 for n, t in _numpy(base).items() if n in compiled.program.weights()})
+
+
+def test_weights_that_share_memory_only_are_tied(models, reference):
+    base = models.TiedLanguageModel()
+    base.lm_head.weight = nn.Parameter(base.embedding.weight.data)  # the program keeps both names
+    compiled = reference(base, [MergeModels(models=(_shifted(base, 1, "lm_head.weight"),), weights=(0, 1))], IDS)
+    assert set(TIED) < set(compiled.program.weights())
+    _equal(compiled, {n: t + 1 for n, t in _numpy(base).items()})
+
+
+def test_the_ties_of_a_saved_export_are_known(models, reference, tmp_path):
+    base = models.TiedLanguageModel()
+    torch.export.save(torch.export.export(base, (IDS,)), tmp_path / "base.pt2")
+    exported = torch.export.load(tmp_path / "base.pt2")
+    compiled = reference(exported, [MergeModels(models=(_shifted(base, 1, "lm_head.weight"),), weights=(0, 1))], IDS)
+    _equal(compiled, {n: t + 1 for n, t in _numpy(base).items() if n in compiled.program.weights()})
+
+
+def test_equal_weights_that_are_not_tied_are_two(models, reference, refused):
+    base = models.TiedLanguageModel()
+    base.lm_head.weight = nn.Parameter(base.embedding.weight.detach().clone())
+    step = MergeModels(models=(_shifted(base, 1, "lm_head.weight"),))
+    refused(PassError, "it lacks 'lm_head.weight'", lambda: reference(base, [step], IDS))
+
+
+def test_a_donor_without_the_tied_weight_is_refused(models, reference, refused):
+    base = models.TiedLanguageModel()
+    step = MergeModels(models=(_shifted(base, 1, *TIED),))
+    refused(PassError, "it lacks 'lm_head.weight'", lambda: reference(base, [step], IDS))
+
+
+def test_an_untied_donor_is_refused(models, reference, refused):
+    base = models.TiedLanguageModel()
+    untied = copy.deepcopy(base)
+    untied.lm_head.weight = nn.Parameter(base.lm_head.weight.detach() + 1)
+    sentence = "'embedding.weight' and 'lm_head.weight' of models[1] differ, and are one tied weight here"
+    error = refused(PassError, sentence, lambda: reference(base, [MergeModels(models=(base, untied))], IDS))
+    assert error.where == "pass 'merge_models'"
+    assert error.fix == "tie them in that model too, or untie them in this one before you compile it"
+
+
+def test_a_broken_tied_weight_is_called_broken(models, reference, refused):
+    base = models.TiedLanguageModel()
+    step = MergeModels(models=(_shifted(base, float("nan")),))  # NaN differs from NaN, but that is not what is wrong
+    refused(PassError, "holds NaN or infinite values", lambda: reference(base, [step], IDS))
 
 
 def test_tied_weights_stay_tied(models, reference):
     base = models.TiedLanguageModel()
     other = _moved(base, 0.2)
-    ids = torch.randint(0, 48, (2, 5))
-    compiled = reference(base, [MergeModels(models=(other,))], ids)
+    compiled = reference(base, [MergeModels(models=(other,))], IDS)
     assert len(compiled.program.weights()) == 3
     twin = copy.deepcopy(base)
     with torch.no_grad():
         for parameter, moved in zip(twin.parameters(), other.parameters(), strict=True):
             parameter.copy_((parameter + moved) / 2)
-    torch.testing.assert_close(compiled(ids), twin(ids), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled(IDS), twin(IDS), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

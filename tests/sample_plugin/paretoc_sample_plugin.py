@@ -46,24 +46,14 @@ class SampleSign(pc.Encoding):
 
 
 @dataclass(frozen=True)
-class SampleSignPass(pc.SitePass):
+class SampleSignPass(pc.EncodePass):
     """Store the weights of linear sites as `SampleSign`."""
 
     name: ClassVar[str] = "sample_sign"
     phase: ClassVar[pc.Phase] = pc.Phase.QUANTIZE
 
-    def apply(self, program: pc.Program, ctx: pc.Context) -> pc.PassResult:
-        encoding, result, done = SampleSign(), pc.PassResult(), set()
-        for site in self.sites(program):
-            name = program.weight_name(site.weight)
-            if name not in done:  # several sites may share a weight
-                weight = program.weight_value(site.weight)
-                encoding.check(weight)
-                program.encode(site.weight, encoding, encoding.encode(weight))
-            done.add(name)
-            result.matched.append(site.path)
-        program.refresh()
-        return result
+    def encoding(self) -> SampleSign:
+        return SampleSign()
 
 
 class SampleNorm(pc.TokenRule):
