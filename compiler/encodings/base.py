@@ -56,7 +56,7 @@ class Encoding:
 
     def __str__(self) -> str:
         """`Name(option=value, …)` without the last options that have their defaults, but with the first two."""
-        items = list(dataclasses.fields(self))  # type: ignore[arg-type]  # encodings are dataclasses
+        items = [f for f in dataclasses.fields(self) if f.repr]  # type: ignore[arg-type]  # encodings are dataclasses
         while len(items) > 2 and getattr(self, items[-1].name) == default_of(items[-1]):
             items.pop()
         return f"{type(self).__name__}({', '.join(f'{i.name}={_text(getattr(self, i.name))}' for i in items)})"
