@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ from torch.fx.graph import CodeGen
 from . import dialect  # noqa: F401  # registers the paretoc:: operators that a captured graph may hold
 from .errors import CaptureError
 from .program import Arguments, Interface, Program, describe, forward_defaults, forward_parameters, hint, operands
+from .quiet import quiet
 from .sites import SDPA
 
 Model = nn.Module | ExportedProgram | fx.GraphModule
@@ -229,8 +229,7 @@ def _export(
     first: Exception | None = None
     for label, (args, kwargs), shapes in attempts:
         try:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")  # torch's own chatter about its internals
+            with quiet(), torch.no_grad():
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes).run_decompositions({})
         except Exception as error:
             first = first or error

@@ -435,9 +435,10 @@ def module_class(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """The innermost line of the user's source that made this node, as `file:line in function`."""
+    """The innermost line of the user's source that made this node, as `file:line in function`; "" when it has none
+    (a layer of PyTorch in an `nn.Sequential`)."""
     frames = [ln.strip() for ln in (node.meta.get("stack_trace") or "").splitlines() if ln.strip().startswith("File ")]
-    user = [f for f in frames if "/torch/" not in f] or frames
+    user = [f for f in frames if "/torch/" not in f]
     if not user:
         return ""
     file, line, *rest = user[-1].removeprefix("File ").split(", ")

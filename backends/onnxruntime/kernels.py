@@ -109,6 +109,6 @@ def _describe(node: onnx.NodeProto, encoding: str, kind: str, activations: str) 
         return f"{node.op_type} of {'codes' if encoding != 'dense' else 'float rows'}", encoding != "dense", ""
     kernel = _FLOATING.get(node.op_type, node.op_type)
     note = "" if encoding == "dense" else "not accelerated: the weight is decoded to floating point"
-    if encoding.startswith("NM(") and "Dense(" in encoding:
+    if encoding.startswith("NM(") and ("values=" not in encoding or "values=Dense" in encoding):
         note = "not accelerated: ONNX Runtime has no n:m kernel, the zeros are stored and multiplied"
     return kernel, False, note

@@ -33,7 +33,7 @@ class Lowering:
 
     model: ir.Model
     target: str
-    quantised: dict[tuple[ir.Value, str], tuple[ir.Value, ...]] = field(default_factory=dict)
+    quantised: dict[tuple[ir.Value | str | None, ...], tuple[ir.Value, ...]] = field(default_factory=dict)
     made: dict[str, ir.Value] = field(default_factory=dict)
 
     @property
@@ -169,10 +169,9 @@ class Lowering:
         self, node: ir.Node, quantiser: ir.Node, weight: ir.Value, scale: ir.Value, bias: ir.Value | None, site: str
     ) -> ir.Value:
         """One reader: DynamicQuantizeMatMul. Several readers or a static range: quantise once, MatMulIntegerToFloat."""
-        source = quantiser.inputs[0]
         readers = len(quantiser.outputs[0].uses())
-        if quantiser.op_type == "DynamicQuantize" and readers == 1 and (source, "tensor") not in self.quantised:
-            inputs = [source, weight, scale, None, bias]
+        if _text(quantiser, "code") == "int8" and readers == 1 and _key(quantiser) not in self.quantised:
+            inputs = [quantiser.inputs[0], weight, scale, None, bias]
             return self.emit(node, "DynamicQuantizeMatMul", _trimmed(inputs), domain=MICROSOFT, name=site)
         codes, a_scale, a_zero = self._quantised_input(quantiser)
         inputs = [codes, weight, a_scale, scale, a_zero, None, bias]
@@ -306,8 +305,7 @@ class Lowering:
         """(codes uint8, scale, zero) of an activation, computed once however many operators read it."""
         source = quantiser.inputs[0]
         assert source is not None
-        granularity = _text(quantiser, "granularity") or quantiser.op_type
-        key = (source, granularity + _text(quantiser, "code"))
+        granularity, key = _text(quantiser, "granularity") or quantiser.op_type, _key(quantiser)
         if key not in self.quantised:
             self.quantised[key] = {
                 "StaticQuantize": self._static_codes,
@@ -415,6 +413,11 @@ def _site(value: ir.Value | None) -> str:
 def _text(node: ir.Node, name: str) -> str:
     attribute = node.attributes.get(name)
     return attribute.as_string() if attribute is not None else ""
+
+
+def _key(quantiser: ir.Node) -> tuple[ir.Value | str | None, ...]:
+    """What makes two quantisers one: the value they read, and how."""
+    return (quantiser.inputs[0], quantiser.op_type, _text(quantiser, "granularity"), _text(quantiser, "code"))
 
 
 def _ints(node: ir.Node, name: str) -> Sequence[int]:

@@ -6,9 +6,7 @@ the domain `paretoc` (see `lower.py`); everything else goes through `torch.onnx.
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +17,8 @@ from torch.export import Dim
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from ...compiler.errors import LoweringError
-from ...compiler.program import Program, describe, source_line
+from ...compiler.program import Program, describe
+from ...compiler.quiet import quiet
 
 aten = torch.ops.aten
 paretoc = torch.ops.paretoc
@@ -151,7 +150,7 @@ def translate(program: Program, opset: int) -> ir.Model:
     axes = tuple(dict.fromkeys(opened, Dim.AUTO) for opened in program.dynamic)
     names = program.interface.output_names()
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             exported = torch.export.export(program.module, tuple(program.example), dynamic_shapes=axes)
             onnx_program = torch.onnx.export(
                 exported,
@@ -170,21 +169,6 @@ def translate(program: Program, opset: int) -> ir.Model:
     return model
 
 
-class _quiet(warnings.catch_warnings):
-    """Silence the exporter's own chatter; errors still come through."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.simplefilter("ignore")
-        self.level = logging.getLogger("torch.onnx").level
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        return entered
-
-    def __exit__(self, *exc: Any) -> None:
-        logging.getLogger("torch.onnx").setLevel(self.level)
-        super().__exit__(*exc)
-
-
 def _explained(program: Program, error: Exception) -> LoweringError:
     """Name the operator and the user's line where the exporter says which node it could not translate."""
     chain: list[BaseException] = [error]
@@ -194,9 +178,10 @@ def _explained(program: Program, error: Exception) -> LoweringError:
     named = re.search(r"op='\w+\.(\w+)'", text)
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
     guilty = next((n for n in calls if str(n.target) in text), None)
-    guilty = guilty or next((n for n in calls if named and named.group(1) in str(n.target)), None)
+    # the exporter may name what an operator was decomposed into: "_linalg_svd" for linalg_svd
+    guilty = guilty or next((n for n in calls if named and named.group(1).strip("_") in str(n.target)), None)
     first = next((ln.strip() for ln in str(chain[-1]).splitlines() if ln.strip()), type(error).__name__)
-    place = describe(guilty) if guilty is not None and source_line(guilty) else "exporting to ONNX"
+    place = describe(guilty) if guilty is not None else "exporting to ONNX"
     return LoweringError(
         f"the model cannot be exported to ONNX: {first}",
         where=place,

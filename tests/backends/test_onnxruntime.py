@@ -206,3 +206,22 @@ def test_an_unsupported_operator_is_named() -> None:
     with pytest.raises(pc.LoweringError, match="cannot be exported") as caught:
         pc.compile(Odd(), [], example_inputs=torch.randn(2, 3))
     assert "test_onnxruntime.py" in caught.value.where
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+@pytest.mark.parametrize("code", ["int4", "int6", "int8"])
+def test_every_activation_code_equals_the_reference(code: str, granularity: str) -> None:
+    class Rounded(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.paretoc.fake_quantize_dynamic(x, granularity, code) + 0
+
+    x = torch.randn(3, 5, 16) * torch.tensor([0.0, 1.0, 100.0])[:, None, None]
+    compiled = pc.compile(Rounded().eval(), [], example_inputs=x)
+    for values in (x, -x.abs(), torch.zeros_like(x)):
+        torch.testing.assert_close(compiled(values), Rounded()(values), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("scheme", ["W4A8", "W4A4", "W4A4,granularity=tensor"])
+def test_low_bit_activations_equal_the_reference(net: Net, scheme: str) -> None:
+    compiled = build(net, [f"quantize:{scheme},group_size=16"])
+    torch.testing.assert_close(compiled(IDS), compiled.program(IDS), rtol=1e-3, atol=1e-3)
