@@ -15,10 +15,7 @@ import onnxruntime
 from ...compiler.backend import Row
 
 #: the fast integer kernels
-_INTEGER = {
-    *("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm"),
-    *("QLinearConv", "ConvInteger"),
-}
+_INTEGER = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv"}
 _RANGES = {"static": "static range", "tensor": "range per tensor", "token": "range per token"}
 _FLOATING = {"MatMul": "fp32 MatMul", "Gemm": "fp32 Gemm", "FusedMatMul": "fp32 FusedMatMul", "FusedGemm": "fp32 Gemm"}
 _FLOATING |= {"Conv": "fp32 Conv", "FusedConv": "fp32 FusedConv", "FusedMatMulActivation": "fp32 FusedMatMul"}

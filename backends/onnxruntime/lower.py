@@ -50,8 +50,6 @@ class Lowering:
                 self._linear(node)
             elif node.op_type == "Gather" and _opaque(node.inputs[0], "Decode"):
                 self._embedding(node)
-            elif node.op_type == "Conv" and _opaque(node.inputs[1], "Decode"):
-                self._convolution(node)
         for node in reversed(list(self.model.graph)):
             if node.domain != "paretoc":
                 continue
@@ -253,33 +251,6 @@ class Lowering:
 
     def _row(self, node: ir.Node, table: ir.Value, indices: ir.Value | None, stored: Integers) -> ir.Value:
         return table if stored.block == -1 else self.emit(node, "Gather", [table, indices], {"axis": 0})
-
-    def _convolution(self, node: ir.Node) -> None:
-        """u8 × s8 ConvInteger, scaled once at the end; a floating convolution over dequantised weights otherwise."""
-        decode = _opaque(node.inputs[1], "Decode")
-        stored = _integers(decode) if decode else None
-        quantiser = _opaque(node.inputs[0], "StaticQuantize") or _opaque(node.inputs[0], "DynamicQuantize")
-        per_token = quantiser is not None and _text(quantiser, "granularity") == "token"
-        if decode is None or stored is None or quantiser is None or per_token:
-            return
-        if not stored.per_channel or stored.zero is not None:
-            return
-        site, rank = _site(decode.inputs[0]), stored.codes.ndim
-        weight = self.constant(f"{site}.weight.codes_conv", stored.codes.astype(np.int8))
-        channel = (1, stored.codes.shape[0], *[1] * (rank - 2))
-        scale = np.broadcast_to(stored.scale.reshape(1, -1, *[1] * (rank - 2)), channel)
-        scale_value = self.constant(f"{site}.weight.scale_conv", scale)
-        codes, a_scale, a_zero = self._quantised_input(quantiser)
-        attributes = {a.name: a.value for a in node.attributes.values()}
-        product = self.emit(node, "ConvInteger", [codes, weight, a_zero], attributes, name=site)
-        product = self.emit(node, "Cast", [product], {"to": int(ir.DataType.FLOAT)})
-        product = self.emit(node, "Mul", [product, self.emit(node, "Mul", [a_scale, scale_value])])
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        if bias is not None:
-            target = self.constant(f"channels.{rank}d", np.array([1, -1, *[1] * (rank - 2)], dtype=np.int64))
-            shaped = self.emit(node, "Reshape", [bias, target])
-            product = self.emit(node, "Add", [product, shaped])
-        self.replace(node, product)
 
     def _grouped_matmul(self, node: ir.Node) -> None:
         """Experts one after the other: each multiplies its own rows, and the results stand in the same order."""
