@@ -109,11 +109,11 @@ def cifar(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     return (x - mean[:, None, None]) / std[:, None, None], torch.from_numpy(data["y"]).long()
 
 
-def stories(folder: Path) -> Iterator[Tensor]:
-    """The held-out stories 300–399 as token tensors `[1, T]`."""
+def stories(folder: Path, chosen: range = range(300, 400)) -> Iterator[Tensor]:
+    """Stories as token tensors `[1, T]`; the last hundred are held out."""
     data = np.load(folder / "stories260k" / "stories_tokens.npz")
     ends = np.cumsum(data["lengths"])
-    for index in range(300, 400):
+    for index in chosen:
         yield torch.from_numpy(data["tokens"][ends[index] - data["lengths"][index] : ends[index]].astype(np.int64))[
             None
         ]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from .capture import as_call
-from .errors import CalibrationError, ParetocError
-from .program import Program
-from .statistics import Statistic
+from .errors import CalibrationError, ParetocError, PassError
+from .program import Program, describe
+from .sites import walk_inputs
+from .statistics import Derived, Statistic
 
 FlatBatch = list[Tensor]
+#: what is derived → number of the batch → its value
+_Values = dict[Derived, dict[int, Tensor]]
 
 
 def read_batches(program: Program, calibration: Any) -> list[FlatBatch]:
@@ -88,6 +91,53 @@ def _flat(program: Program, call: tuple[tuple[Any, ...], dict[str, Any]], index:
     return batch
 
 
+class Reduction:
+    """Statistics over batches, each brought up to date as soon as a batch has shown the last of its values."""
+
+    def __init__(self, statistics: Iterable[Statistic], derived: _Values | None = None) -> None:
+        self.states: dict[Statistic, Any] = {s: s.start() for s in statistics}
+        # of what earlier reductions have derived the nodes need not be seen again
+        self.derived: _Values = {} if derived is None else derived
+        self.names = {s: self._names(s) for s in self.states}
+        self.watched = {name for names in self.names.values() for name in names}
+        self.batch = -1
+
+    def _names(self, statistic: Statistic) -> set[str]:
+        fresh = [item for item in statistic.nodes if item not in self.derived]
+        return {name for item in fresh for name in (item.nodes if isinstance(item, Derived) else (item,))}
+
+    def next_batch(self) -> None:
+        """What is seen from now on is of another batch."""
+        self.batch += 1
+        self.held: dict[Statistic, dict[str, Any]] = {s: {} for s in self.states}
+        self._update()
+
+    def see(self, name: str, value: Any) -> None:
+        """The value of a node in this batch."""
+        if name in self.watched:
+            for statistic in self.held:
+                if name in self.names[statistic]:
+                    self.held[statistic][name] = value
+            self._update()
+
+    def _update(self) -> None:
+        for statistic in [s for s, seen in self.held.items() if len(seen) == len(self.names[s])]:
+            seen = self.held.pop(statistic)
+            values = [self._value(item, seen) for item in statistic.nodes]
+            self.states[statistic] = statistic.update(self.states[statistic], *values)
+
+    def _value(self, item: str | Derived, seen: Mapping[str, Any]) -> Any:
+        if isinstance(item, str):
+            return seen[item]
+        known = self.derived.setdefault(item, {})
+        if self.batch not in known:
+            known[self.batch] = item.compute(*(seen[name] for name in item.nodes))
+        return known[self.batch]
+
+    def finish(self) -> dict[Statistic, Any]:
+        return {s: s.finish(state) for s, state in self.states.items()}
+
+
 def gather(
     program: Program,
     statistics: Sequence[Statistic],
@@ -95,22 +145,15 @@ def gather(
     track: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
 ) -> dict[Statistic, Any]:
     """Run the batches once and reduce what each statistic asks for."""
-    states: dict[Statistic, Any] = {s: s.start() for s in statistics}
-    if not states:
+    if not statistics:
         return {}
-    watched: dict[str, list[Statistic]] = defaultdict(list)
-    for statistic in states:
-        watched[statistic.node].append(statistic)
-
-    def observe(name: str, value: Any) -> None:
-        for statistic in watched.get(name, ()):
-            states[statistic] = statistic.update(states[statistic], value)
-
-    runner = Observer(program.module, observe)
+    reduction = Reduction(statistics)
+    runner = Observer(program.module, reduction.see)
     with torch.no_grad():
         for batch in track(batches, "calibrating"):
+            reduction.next_batch()
             runner.run(*batch)
-    return {s: s.finish(state) for s, state in states.items()}
+    return reduction.finish()
 
 
 class Stream:
@@ -129,65 +172,97 @@ class Stream:
         self.program, self.track = program, track
         self.place: fx.Node = program.placeholders[-1]
         self.values: list[dict[fx.Node, Any]] = [dict(zip(program.placeholders, b, strict=True)) for b in batches]
+        self.derived: _Values = {}
 
     def advance(self, place: fx.Node, statistics: Sequence[Statistic] = ()) -> dict[Statistic, Any]:
         """Run every batch up to and with `place`, and gather. A statistic may look beyond it, at nodes that then
-        run again."""
+        run again. Raises PassError when one looks at a value that nothing later reads and that is gone."""
+        reduction = Reduction(statistics, self.derived)
         nodes = {n.name: n for n in self.program.graph.nodes}
-        states: dict[Statistic, Any] = {s: s.start() for s in statistics}
-        watched = {nodes[name] for s in statistics for name in s.nodes}
+        watched = [nodes[name] for name in reduction.watched]
         place, last = max(self.place, place), max([self.place, place, *watched])
+        fixed = [n for n in watched if n <= self.place and _is_fixed(n)]
         constants: dict[fx.Node, Any] = {}
         with torch.no_grad():
             for values in self.track(self.values, "calibrating"):
-                seen = {n: values[n] for n in watched if n in values}
-                self._run(values, self.place, place, seen, watched, constants)
-                self._run(dict(values), place, last, seen, watched, constants)
-                for statistic, state in states.items():
-                    states[statistic] = statistic.update(state, *(seen[nodes[name]] for name in statistic.nodes))
+                reduction.next_batch()
+                for node in watched:
+                    if node in values or node in fixed:
+                        reduction.see(node.name, self._value(node, values, constants))
+                self._run(values, self.place, place, reduction, constants)
+                self._run(dict(values), place, last, reduction, constants)
+                _check_complete(reduction, place)
         self.place = place
-        return {s: s.finish(state) for s, state in states.items()}
+        return reduction.finish()
+
+    def derive(self, place: fx.Node, statistics: Sequence[Statistic]) -> None:
+        """Compute what the statistics derive, as `advance` would; gather nothing."""
+        asked = {item for s in statistics for item in s.nodes if isinstance(item, Derived)} - set(self.derived)
+        if asked:
+            self.advance(place, [_Derivation(place.name, derived) for derived in asked])
 
     def _run(
         self,
         values: dict[fx.Node, Any],
         after: fx.Node,
         last: fx.Node,
-        seen: dict[fx.Node, Any],
-        watched: set[fx.Node],
+        reduction: Reduction,
         constants: dict[fx.Node, Any],
     ) -> None:
         """Evaluate the nodes behind `after` up to `last` into `values`, and drop those that nothing later reads."""
-
-        def value(node: fx.Node) -> Any:
-            if node in values:
-                return values[node]
-            if node not in constants:  # a weight, or computed from weights alone
-                constants[node] = self._evaluate(node, value)
-            return constants[node]
-
         node = after
         while node is not last:
             node = node.next
-            if node.op != "call_function" or not _varies(node, values):
-                continue
-            values[node] = self._evaluate(node, value)
-            if node in watched:
-                seen[node] = values[node]
-            for read in node.all_input_nodes:
+            if any(read in values for read in node.all_input_nodes):
+                values[node] = self._evaluate(node, values, constants)
+            elif node.name not in reduction.watched:
+                continue  # it is the same for every batch: evaluated when it is read
+            reduction.see(node.name, self._value(node, values, constants))
+            for read in (*node.all_input_nodes, node):
                 if read in values and all(user <= node for user in read.users):
                     del values[read]
 
-    def _evaluate(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+    def _value(self, node: fx.Node, values: Mapping[fx.Node, Any], constants: dict[fx.Node, Any]) -> Any:
+        if node in values:
+            return values[node]
+        if node not in constants:  # a weight, or computed from weights alone
+            constants[node] = self._evaluate(node, values, constants)
+        return constants[node]
+
+    def _evaluate(self, node: fx.Node, values: Mapping[fx.Node, Any], constants: dict[fx.Node, Any]) -> Any:
         if node.op == "get_attr":
             return self.program.get(str(node.target)).detach()
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._value(n, values, constants))
         return node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target is callable
 
 
-def _varies(node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
-    """Whether a node reads anything that depends on the batch."""
-    return any(read in values for read in node.all_input_nodes)
+@dataclass(frozen=True)
+class _Derivation(Statistic):
+    """Nothing but the computation of what is derived."""
+
+    derived: Derived
+
+    @property
+    def nodes(self) -> tuple[str | Derived, ...]:
+        return (self.derived,)
+
+    def update(self, state: Any, *values: Tensor) -> Any:
+        return None
+
+
+def _is_fixed(node: fx.Node) -> bool:
+    """Whether the value of a node is the same for every batch."""
+    return not any(n.op == "placeholder" for n in (node, *walk_inputs(node)))
+
+
+def _check_complete(reduction: Reduction, place: fx.Node) -> None:
+    for statistic, seen in reduction.held.items():
+        missing = sorted(reduction.names[statistic] - set(seen))
+        raise PassError(
+            f"{type(statistic).__name__} looks at {missing[0]!r}, which has run already and is not kept",
+            where=describe(place),
+            fix="ask for it at that node, or before",
+        )
 
 
 class Observer(fx.Interpreter):

@@ -225,10 +225,12 @@ def _compile(model: Any, passes: list[Pass], options: Options, example: Any) -> 
         torch.manual_seed(options.seed)
         original = capture(model, example, options.dynamic_shapes)
         batches, data = _batches(original, options)
-        program, records = original.clone(), []
+        program, records, reference = original.clone(), [], None
         for step in _with_canonicalize(passes):
             before = program
-            program, result = _apply(step, program, batches, options, progress)
+            if step.phase is Phase.QUANTIZE and reference is None:
+                reference = before
+            program, result = _apply(step, program, batches, options, progress, reference)
             if options.verify:
                 verify.check(before, program, step.name)
             where = f"pass {step.name!r}"
@@ -257,7 +259,12 @@ def _batches(program: Program, options: Options) -> tuple[list[FlatBatch], str]:
 
 
 def _apply(
-    step: Pass, program: Program, batches: list[FlatBatch], options: Options, progress: Progress
+    step: Pass,
+    program: Program,
+    batches: list[FlatBatch],
+    options: Options,
+    progress: Progress,
+    reference: Program | None,
 ) -> tuple[Program, PassResult]:
     hook = registry().manager.hook
     program = program.clone()
@@ -269,7 +276,10 @@ def _apply(
             fix="pass calibration=[batch, …] to compile, or use a data-free scheme such as quantize:W8A8-dynamic",
         )
     gathered = gather(program, statistics, batches, progress.track)
-    context = Context(gathered, options.seed, options.target, options.executor, progress.track, batches)
+    workers = options.executor
+    context = Context(
+        gathered, options.seed, options.target, workers, progress.track, batches, reference, options.metric
+    )
     _observe(hook.before_pass, transform=step, program=program)
     try:
         result = step.apply(program, context)

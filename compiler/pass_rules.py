@@ -193,8 +193,9 @@ class Trial:
             torch.manual_seed(self.seed)
             program = self.before.clone()
             statistics = transform.needs(program)
-            batches = read_batches(program, self.calibration) if statistics else []
-            context = Context(gather(program, statistics, batches), self.seed)
+            wanted = statistics or transform.needs_calibration
+            batches = read_batches(program, self.calibration) if wanted else []
+            context = Context(gather(program, statistics, batches), self.seed, batches=batches)
             return program, transform.apply(program, context)
 
     @cached_property

@@ -44,18 +44,21 @@ class Phase(enum.IntEnum):
 
 @dataclass
 class PassResult:
-    """What a pass did: the sites it changed, those it left with the reason, and what it measured."""
+    """What a pass did: the sites it changed, those it left with the reason, and what it measured (`sensitivity`:
+    a `Sensitivity`)."""
 
     matched: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    sensitivity: Any = None
 
 
 @dataclass
 class Context:
-    """What a pass may use besides the program: gathered statistics, the seed, the target, workers, progress, and the
-    calibration batches (flat inputs of the program) themselves."""
+    """What a pass may use besides the program: gathered statistics, the seed, the target, workers, progress, the
+    calibration batches (flat inputs of the program) themselves, the program before the first QUANTIZE pass, and
+    `compile`'s metric."""
 
     statistics: dict[Statistic, Any] = field(default_factory=dict)
     seed: int = 0
@@ -63,6 +66,8 @@ class Context:
     executor: Executor | None = None
     track: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items
     batches: list[list[Tensor]] = field(default_factory=list)
+    reference: Program | None = None
+    metric: Callable[[Any], float] | None = None
 
     def map(self, function: Callable[[T], R], items: Sequence[T], label: str) -> list[R]:
         """Apply to every item, on the executor when there is one, with progress; results in order."""
@@ -126,6 +131,15 @@ def _show(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "[" + ",".join(_show(v) for v in value) + "]"
     return type(value).__name__
+
+
+@dataclass(frozen=True)
+class Composite(Pass):
+    """A pass that stands for others: a published recipe under its own name. The others run in its place."""
+
+    def passes(self) -> Sequence[Any]:
+        """What it stands for, in any form that `passes=` accepts."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

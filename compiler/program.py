@@ -347,10 +347,23 @@ class Program:
             self.graph.erase_node(stale)
             if stale.op == "get_attr":
                 self.unset(str(stale.target))
-        stored = [self.attribute(f"{name}.{key}", array, before=decode) for key, array in arrays.items()]
+        order = encoding.layout(tuple(value.shape))
+        stored = [self.attribute(f"{name}.{key}", arrays[key], before=decode) for key in order]
         decode.update_arg(0, stored)
         decode.meta.update(val=self.fake(value), parameter=name, nn_module_stack=min(users).meta.get("nn_module_stack"))
         return decode
+
+    def restore(self, decode: fx.Node, value: Tensor) -> fx.Node:
+        """The inverse of `encode`: the weight `value` stands dense again, at all its consumers; returns its node."""
+        name, arrays = str(decode.meta["parameter"]), decode.all_input_nodes
+        self.set(name, value)  # in place of the stored arrays, whose names begin with this one
+        with self.graph.inserting_before(decode):
+            weight = self.graph.get_attr(name)
+        weight.meta["val"] = self.fake(value)
+        decode.replace_all_uses_with(weight)
+        for stale in (decode, *arrays):
+            self.graph.erase_node(stale)
+        return weight
 
 
 def _recurrent_shape(x: Tensor, state: Any, parameters: Any, *options: Any) -> tuple[Tensor, ...]:

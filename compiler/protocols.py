@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, fx
 
-from .encodings import Arrays, Encoding
+from .encodings import Arrays, Encoding, Sum
+from .errors import PassError
 from .program import Program
 from .sites import Block, Site
 from .statistics import Statistic
@@ -17,6 +21,39 @@ from .statistics import Statistic
 #: what calibration found for one weight: the class of a statistic → its value
 Evidence = Mapping[type[Statistic], Any]
 NO_EVIDENCE: Evidence = MappingProxyType({})
+_COLLECTED: ContextVar[list[str] | None] = ContextVar("collected", default=None)
+
+
+def found(evidence: Evidence, kind: type[Statistic]) -> Any:
+    """The value of the statistic of this kind, or of one derived from it. Raises PassError when there is none."""
+    for cls, value in evidence.items():
+        if issubclass(cls, kind):
+            return value
+    raise PassError(
+        f"the fitter was given no {kind.__name__}",
+        where="Fitter.fit",
+        fix="return it from the fitter's needs(), and pass calibration= to compile",
+    )
+
+
+def warn(text: str) -> None:
+    """Called by a fitter: say, among the warnings of the pass, what went less than well with a weight."""
+    collected = _COLLECTED.get()
+    if collected is None:
+        warnings.warn(text, stacklevel=2)
+    else:
+        collected.append(text)
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """What fitters `warn` of in here, in this thread."""
+    texts: list[str] = []
+    token = _COLLECTED.set(texts)
+    try:
+        yield texts
+    finally:
+        _COLLECTED.reset(token)
 
 
 @runtime_checkable
@@ -39,6 +76,27 @@ class Fitter(Protocol):
 
     def fit(self, encoding: Encoding, weight: Tensor, evidence: Evidence = NO_EVIDENCE) -> Arrays:
         """The stored arrays for this weight; they decode to something close to it."""
+
+
+@runtime_checkable
+class Adaptive(Protocol):
+    """A fitter that also chooses options of the encoding by the data, such as an exponent."""
+
+    def adapt(self, encoding: Encoding, weight: Tensor, evidence: Evidence) -> tuple[Encoding, Arrays]:
+        """What the weight is stored as, and the stored arrays. Only for an encoding that is not refused."""
+
+
+def refusal(fitter: Fitter, encoding: Encoding) -> str | None:
+    """Why `fit` would fail, or None. Of a sum that a fitter cannot fit whole, it fits the first."""
+    reason = fitter.refuse(encoding)
+    return None if reason and isinstance(encoding, Sum) and not refusal(fitter, encoding.first) else reason
+
+
+def fit(fitter: Fitter, encoding: Encoding, weight: Tensor, evidence: Evidence = NO_EVIDENCE) -> Arrays:
+    """The stored arrays for this weight, chosen by the fitter; the second of a sum stores what the first leaves."""
+    if isinstance(encoding, Sum) and fitter.refuse(encoding):
+        return encoding.complete(weight, fit(fitter, encoding.first, weight, evidence))
+    return fitter.fit(encoding, weight, evidence)
 
 
 class DataFree:

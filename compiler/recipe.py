@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from .errors import OptionError
-from .passes import Pass, build_pass
+from .passes import Composite, Pass, build_pass
 from .registry import registry
 
 PassLike = Pass | str | Mapping[str, Any]
@@ -20,7 +20,11 @@ PassLike = Pass | str | Mapping[str, Any]
 def parse_passes(passes: PassLike | Sequence[PassLike] | os.PathLike[str]) -> list[Pass]:
     """Everything `passes=` accepts → pass objects, in the order written."""
     items = passes if isinstance(passes, Sequence) and not isinstance(passes, str) else [passes]
-    return [built for item in items for built in _parse(item, ())]
+    return [built for item in items for parsed in _parse(item, ()) for built in _spelled_out(parsed)]
+
+
+def _spelled_out(built: Pass) -> list[Pass]:
+    return parse_passes(built.passes()) if isinstance(built, Composite) else [built]
 
 
 def _parse(item: Any, including: tuple[Path, ...]) -> list[Pass]:

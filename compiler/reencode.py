@@ -14,11 +14,12 @@ from functools import partial
 from torch import Tensor, fx
 
 from .calibrate import Stream
-from .encodings import NM, Arrays, Dense, Encoding
+from .checkpoint import Checkpoint, Stored, read, write
+from .encodings import NM, Dense, Encoding
 from .errors import PassError
 from .passes import Context, PassResult, SitePass
 from .program import Program
-from .protocols import NO_EVIDENCE, Evidence, Fitter
+from .protocols import NO_EVIDENCE, Adaptive, Evidence, Fitter, collected_warnings, fit
 from .sites import Site, weight_sites
 from .statistics import Statistic
 
@@ -38,7 +39,7 @@ class EncodePass(SitePass):
 
     def apply(self, program: Program, ctx: Context) -> PassResult:
         result = PassResult()
-        self.store(program, [(s, self.encoding()) for s in self.distinct(program, result)], ctx)
+        result.warnings += self.store(program, [(s, self.encoding()) for s in self.distinct(program, result)], ctx)
         return result
 
     def distinct(self, program: Program, result: PassResult) -> list[Site]:
@@ -69,15 +70,21 @@ class EncodePass(SitePass):
         ctx: Context,
         fitter: Fitter | None = None,
         watch: Program | None = None,
-    ) -> None:
+        checkpoint: str | None = None,
+    ) -> list[str]:
         """Encode the weight of each site, at all its consumers. Data come from `watch`, a clone made before the
-        rewrite, or from the program as it is rewritten."""
+        rewrite, or from the program as it is rewritten. What is fitted to data is kept under the directory
+        `checkpoint`, and not fitted again. Returns what the fitter warns of."""
         jobs = [(site, inside(program.encoding(site.weight), encoding)) for site, encoding in jobs]
         if fitter is None or fitter.data_free:
-            _store(program, jobs, [NO_EVIDENCE] * len(jobs), ctx, fitter, self.name)
+            stored, warnings = _fitted(program, jobs, [NO_EVIDENCE] * len(jobs), ctx, fitter, self.name)
+            _encode(program, jobs, stored)
         else:
-            _store_with_data(program, watch or program, jobs, ctx, fitter, self.name)
+            facts = (fitter, watch is None, *(t for batch in ctx.batches for t in batch))
+            kept = Checkpoint(checkpoint, *facts)
+            warnings = _store_with_data(program, watch or program, jobs, ctx, fitter, self.name, kept)
         program.refresh()
+        return warnings
 
 
 def refusal(program: Program, site: Site) -> str:
@@ -95,28 +102,47 @@ def inside(current: Encoding | None, encoding: Encoding) -> Encoding:
     return replace(current, values=encoding) if isinstance(current, NM) else encoding
 
 
-def _store(
+def _fitted(
     program: Program,
     jobs: Sequence[tuple[Site, Encoding]],
     evidence: Sequence[Evidence],
     ctx: Context,
     fitter: Fitter | None,
     label: str,
-) -> None:
+) -> tuple[list[Stored], list[str]]:
     weights = [program.weight_value(site.weight) for site, _ in jobs]
     tasks = [(e, w, seen) for (_, e), w, seen in zip(jobs, weights, evidence, strict=True)]
-    for (site, encoding), arrays in zip(jobs, ctx.map(partial(_fit, fitter), tasks, label), strict=True):
+    done = ctx.map(partial(_fit, fitter), tasks, label)
+    texts = [f"{site.path}: {text}" for (site, _), (_, said) in zip(jobs, done, strict=True) for text in said]
+    return [stored for stored, _ in done], texts
+
+
+def _encode(program: Program, jobs: Sequence[tuple[Site, Encoding]], stored: Sequence[Stored]) -> None:
+    for (site, _), (encoding, arrays) in zip(jobs, stored, strict=True):
         program.encode(site.weight, encoding, arrays)
 
 
-def _fit(fitter: Fitter | None, task: tuple[Encoding, Tensor, Evidence]) -> Arrays:
+def _fit(fitter: Fitter | None, task: tuple[Encoding, Tensor, Evidence]) -> tuple[Stored, list[str]]:
     encoding, weight, evidence = task
-    return encoding.encode(weight) if fitter is None else fitter.fit(encoding, weight, evidence)
+    with collected_warnings() as texts:  # they travel back with the arrays, from whatever worker this runs in
+        if fitter is None:
+            arrays = encoding.encode(weight)
+        elif isinstance(fitter, Adaptive) and not fitter.refuse(encoding):
+            encoding, arrays = fitter.adapt(encoding, weight, evidence)
+        else:
+            arrays = fit(fitter, encoding, weight, evidence)
+    return (encoding, arrays), texts
 
 
 def _store_with_data(
-    program: Program, watch: Program, jobs: Sequence[tuple[Site, Encoding]], ctx: Context, fitter: Fitter, label: str
-) -> None:
+    program: Program,
+    watch: Program,
+    jobs: Sequence[tuple[Site, Encoding]],
+    ctx: Context,
+    fitter: Fitter,
+    label: str,
+    checkpoint: Checkpoint,
+) -> list[str]:
     """Sites that read the same input together, so that what is gathered is that of one input at a time."""
     seen_at: dict[str, list[Site]] = defaultdict(list)
     for site in weight_sites(watch):
@@ -125,11 +151,22 @@ def _store_with_data(
     for site, encoding in jobs:
         groups[seen_at[str(program.weight_name(site.weight))][0].input].append((site, encoding))
     stream = Stream(watch, ctx.batches)
+    warnings: list[str] = []
     for place in ctx.track(sorted(groups), label):
         group = groups[place]
         wanted = [[fitter.needs(s) for s in seen_at[str(program.weight_name(site.weight))]] for site, _ in group]
-        found = stream.advance(place, list(dict.fromkeys(s for uses in wanted for use in uses for s in use)))
-        _store(program, group, [_combined(uses, found) for uses in wanted], ctx, fitter, label)
+        statistics = list(dict.fromkeys(s for uses in wanted for use in uses for s in use))
+        file = checkpoint.step([program.weight_value(s.weight) for s, _ in group], [e for _, e in group])
+        if (stored := read(file)) is not None:
+            stream.derive(place, statistics)  # while the weights are what they were then
+            _encode(program, group, stored)
+            continue
+        found = stream.advance(place, statistics)
+        stored, texts = _fitted(program, group, [_combined(uses, found) for uses in wanted], ctx, fitter, label)
+        write(file, stored)
+        _encode(program, group, stored)
+        warnings += texts
+    return warnings
 
 
 def _combined(uses: Sequence[Sequence[Statistic]], found: dict[Statistic, object]) -> Evidence:

@@ -142,8 +142,12 @@ def _weight_operand(node: fx.Node, kind: str) -> Any:
 
 
 def attention_sites(program: Program) -> list[AttentionSite]:
+    return _attentions(program.graph)
+
+
+def _attentions(graph: fx.Graph) -> list[AttentionSite]:
     sites = []
-    for node in program.graph.nodes:
+    for node in graph.nodes:
         if node.op != "call_function":
             continue
         if node.target in SDPA:
@@ -151,6 +155,33 @@ def attention_sites(program: Program) -> list[AttentionSite]:
         elif node.target in SOFTMAX and (site := _open_attention(node)) is not None:
             sites.append(site)
     return sites
+
+
+def attention_of(site: Site) -> AttentionSite | None:
+    """The attention of the layer that a site is in: the one it projects to, otherwise the last before it."""
+    last = None
+    for attention in _attentions(site.node.graph):
+        if site.node in _projections(attention):
+            return attention
+        if attention.node < site.node:
+            last = attention
+    return last
+
+
+def _projections(attention: AttentionSite) -> set[fx.Node]:
+    """The linear operators nearest before the queries, keys and values."""
+    found: set[fx.Node] = set()
+    queue, seen = [attention.query, attention.key, attention.value], set()
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target in LINEAR:
+            found.add(node)
+        else:
+            queue.extend(node.all_input_nodes)
+    return found
 
 
 def _fused_attention(node: fx.Node) -> AttentionSite:

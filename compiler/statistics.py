@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A value computed from those at the nodes it names. Subclass with `nodes` and `compute`.
+
+    It is computed once for each batch, when a statistic first asks for it, and kept while weights are rewritten.
+    """
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def compute(self, *values: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -22,8 +37,8 @@ class Statistic:
     node: str
 
     @property
-    def nodes(self) -> tuple[str, ...]:
-        """The nodes whose values `update` is given, in this order."""
+    def nodes(self) -> tuple[str | Derived, ...]:
+        """What `update` is given, in this order: values at nodes, and values derived from such."""
         return (self.node,)
 
     def start(self) -> Any:
@@ -65,13 +80,13 @@ class Window:
 
     def columns(self, x: Tensor) -> Tensor:
         """x `[B, C, …]` → what each kernel position multiplies `[groups, positions, C/groups · kernel]`."""
-        size, stride, padding, dilation = self.size, self.stride, self.padding, self.dilation
-        if len(size) == 1:  # a line is a picture of height one
-            x, size, stride, padding, dilation = x.unsqueeze(2), (1, *size), (1, *stride), (0, *padding), (1, *dilation)
-        patches = F.unfold(x, size, dilation, padding, stride)
-        batch, width, count = patches.shape
-        grouped = patches.reshape(batch, self.groups, width // self.groups, count)
-        return grouped.permute(1, 0, 3, 2).reshape(self.groups, batch * count, -1)
+        rank = len(self.size)
+        patches = F.pad(x, [p for width in reversed(self.padding) for p in (width, width)])
+        for axis, (size, stride, dilation) in enumerate(zip(self.size, self.stride, self.dilation, strict=True), 2):
+            patches = patches.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+        # [B, C, positions…, kernel…] → channels and kernel last, as in a weight [O, C/groups, kernel…]
+        patches = patches.reshape(x.shape[0], self.groups, -1, *patches.shape[2:]).movedim(2, rank + 2)
+        return patches.movedim(1, 0).flatten(rank + 2).flatten(1, rank + 1)
 
 
 def rows_of(x: Tensor, window: Window | None) -> Tensor:
@@ -97,6 +112,64 @@ class Hessian(Statistic):
 
     def combine(self, results: Sequence[Any]) -> Any:
         return sum(results[1:], results[0])
+
+
+@dataclass(frozen=True)
+class WeightedHessian(Hessian):
+    """Σ r·xᵀx over the rows that a weight multiplies, r `[B, T]` the importance of each token."""
+
+    importance: Derived = field(kw_only=True)
+
+    @property
+    def nodes(self) -> tuple[str | Derived, ...]:
+        return (self.node, self.importance)
+
+    def rows(self, *values: Tensor) -> Tensor:
+        return super().rows(values[0]) * values[1].detach().float().sqrt().reshape(1, -1, 1)
+
+
+@dataclass(frozen=True)
+class AttentionReceived(Derived):
+    """How much attention each token receives from all queries of all heads, float32 `[B, T]`.
+
+    In every sequence scaled linearly to `least` … 1, then to mean 1. RSQ (Sung et al. 2025), section 4.3: "attention
+    concentration". `query`, `key` and `mask` name the nodes of an attention, q `[B, H, T, D]`.
+    """
+
+    query: str
+    key: str
+    mask: str | None = None
+    scale: float = 1.0
+    causal: bool = False
+    least: float = 0.005
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        return (self.query, self.key, *([self.mask] if self.mask else []))
+
+    def compute(self, *values: Tensor) -> Tensor:
+        query, key, *masks = values
+        heads = query.shape[1] // key.shape[1]  # grouped queries share a key
+        key = key.repeat_interleave(heads, 1)
+        allowed = [m.broadcast_to(*query.shape[:-1], key.shape[-2]) for m in masks]
+        # a sequence at a time: the probabilities of a batch may take more memory than its activations
+        received = torch.stack([self._received(*one) for one in zip(query.float(), key.float(), *allowed, strict=True)])
+        low, high = received.aminmax(dim=-1, keepdim=True)
+        # a spread below a thousandth is rounding: it is not stretched
+        spread = torch.maximum(high - low, high / 1000).clamp(min=torch.finfo(received.dtype).tiny)
+        share = (received - low) / spread
+        importance = self.least + (1 - self.least) * share
+        return importance / importance.mean(-1, keepdim=True)
+
+    def _received(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+        """q `[H, T, D]`, k `[H, S, D]` → Σ softmax over heads and queries `[S]`."""
+        logits = query @ key.mT * self.scale
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        if self.causal:
+            logits = logits.masked_fill(torch.ones(logits.shape[1:], dtype=torch.bool).triu(1), -torch.inf)
+        # a query that may attend to nothing (padding) gives nothing
+        return logits.softmax(-1).nan_to_num().sum((0, 1))
 
 
 @dataclass(frozen=True)

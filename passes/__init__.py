@@ -6,24 +6,41 @@ from ..compiler.hookspecs import hook
 from ..compiler.passes import Pass
 from ..compiler.protocols import Fitter, TokenRule
 from .canonicalize import Canonicalize
-from .fit import Mse, Rtn
+from .correct_bias import CorrectBias
+from .fit import AdaRound, AdditiveFit, Awq, Gptq, Hqq, KMeans, LowRankFit, Mse, Rtn
 from .merge_models import MergeModels
 from .prune_nm import PruneNM
 from .quantize import Quantize
 from .reduce_tokens import MergeTokens, PruneTokens, ReduceTokens
+from .rotate import Rotate
+from .smooth import Smooth
 from .token_rules import Keep, Merge
 
-__all__ = ["Canonicalize", "MergeModels", "MergeTokens", "PruneNM", "PruneTokens", "Quantize", "ReduceTokens"]
+__all__ = [
+    "Canonicalize",
+    "CorrectBias",
+    "MergeModels",
+    "MergeTokens",
+    "PruneNM",
+    "PruneTokens",
+    "Quantize",
+    "ReduceTokens",
+    "Rotate",
+    "Smooth",
+]
 
 
 @hook
 def paretoc_passes() -> list[type[Pass]]:
-    return [Canonicalize, MergeModels, PruneNM, Quantize, ReduceTokens, MergeTokens, PruneTokens]
+    return [
+        *(Canonicalize, MergeModels, PruneNM, Rotate, Smooth, Quantize, CorrectBias),
+        *(ReduceTokens, MergeTokens, PruneTokens),
+    ]
 
 
 @hook
 def paretoc_fitters() -> list[Fitter]:
-    return [Rtn(), Mse()]
+    return [Rtn(), Mse(), Hqq(), Gptq(), Awq(), AdaRound(), KMeans(), AdditiveFit(), LowRankFit()]
 
 
 @hook

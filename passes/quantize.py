@@ -7,6 +7,8 @@
 | W8A16 | int8 per channel | as they are |
 | W4A16, W3A16, W2A16 | integers in groups of 32 | as they are |
 | W4A8, W4A4 | int4 in groups of 32 | 8 or 4 bit, range of each token |
+| FP8 | E4M3 per channel | E4M3, range of each token |
+| MXFP4, NVFP4 | E2M1 in blocks of 32 or 16, scales E8M0 or E4M3 | as they are |
 
 Any other weight encoding: `weights=`. Jacob et al. 2018 (integer inference), Dettmers et al. 2022 (per-channel by
 per-token). Lossy.
@@ -14,19 +16,22 @@ per-token). Lossy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from ..compiler.encodings import NM, Affine, Dense, Encoding, parse_encoding
+from ..compiler.calibrate import FlatBatch
+from ..compiler.encodings import NM, Affine, Dense, Encoding, Float, parse_encoding
 from ..compiler.errors import OptionError, ParetocError, did_you_mean
 from ..compiler.passes import Context, PassResult, Phase
 from ..compiler.program import Program
-from ..compiler.protocols import Fitter
+from ..compiler.protocols import Fitter, refusal
 from ..compiler.reencode import EncodePass, inside
 from ..compiler.registry import registry
+from ..compiler.sensitivity import Sensitivity, Undo, back_off, give_back, measure_losses, relative_error, split
 from ..compiler.sites import EMBEDDING, Site
 from ..compiler.statistics import MinMax, Statistic
 
@@ -60,6 +65,9 @@ SCHEMES = {
     "W2A16": Scheme(Affine(2, 32, symmetric=False), None),
     "W4A8": Scheme(Affine(4, 32), Activations("dynamic", "int8", "token")),
     "W4A4": Scheme(Affine(4, 32), Activations("dynamic", "int4", "token")),
+    "FP8": Scheme(Float("e4m3"), Activations("dynamic", "e4m3", "token"), _ALL),
+    "MXFP4": Scheme(Float("e2m1", 32, "e8m0"), None),
+    "NVFP4": Scheme(Float("e2m1", 16, "e4m3"), None),
 }
 _EMBEDDING = Affine(bits=8, group=0)
 
@@ -72,7 +80,13 @@ class Quantize(EncodePass):
     along the input axis) and `symmetric` change that of the scheme. `granularity`, "tensor" or "token", applies to
     dynamic activations. `embeddings=True` stores embedding tables as int8 with one scale a row. `fitter` chooses the
     codes: a name, a name with options ("gptq(act_order=True)"), or a `Fitter`; with one that needs data, `sequential`
-    fits every layer to the inputs that the layers already quantised give it.
+    fits every layer to the inputs that the layers already quantised give it, and `checkpoint` names a directory that
+    keeps what is finished.
+
+    `effective_bits` spends that many stored bits a weight where they help most, on integers of `widths`; it measures
+    what each weight costs the outputs, or takes it from `sensitivity` (`paretoc.Sensitivity`, of an earlier result).
+    `max_drop` gives sites back, most harmful first, until `compile`'s `metric` falls by no more than that; without a
+    metric it bounds the relative error of the outputs on a quarter of the calibration batches, held out.
     """
 
     name: ClassVar[str] = "quantize"
@@ -87,6 +101,11 @@ class Quantize(EncodePass):
     symmetric: bool | None = None
     weights: str | Encoding | None = None
     sequential: bool = True
+    checkpoint: str | None = None
+    effective_bits: float | None = None
+    widths: tuple[int, ...] = (2, 3, 4, 8)
+    sensitivity: Sensitivity | None = None
+    max_drop: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,8 +127,20 @@ class Quantize(EncodePass):
                 where="pass 'quantize'",
                 fix="use it with W8A8-dynamic, W4A8 or W4A4",
             )
-        if reason := self.fitted_by().refuse(self.encoding()):
+        if reason := refusal(self.fitted_by(), self.encoding()):
             raise OptionError(reason, where="pass 'quantize'", fix="use fitter=rtn")
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        if self.effective_bits is not None and not isinstance(self.encoding(), Affine):
+            raise OptionError(
+                f"effective_bits= chooses among integers, not {self.encoding()}",
+                where="pass 'quantize'",
+                fix="leave out weights=",
+            )
+        for name, value in (("effective_bits", self.effective_bits), ("max_drop", self.max_drop)):
+            if value is not None and value < 0:
+                raise OptionError(f"{name}={value} is negative", where="pass 'quantize'", fix="use a positive number")
 
     def _check_group_size(self) -> None:
         size, default = self.group_size, SCHEMES[self.scheme].weights
@@ -137,7 +168,8 @@ class Quantize(EncodePass):
         if self.weights is not None:
             return parse_encoding(self.weights) if isinstance(self.weights, str) else self.weights
         chosen = SCHEMES[self.scheme].weights
-        assert isinstance(chosen, Affine)
+        if not isinstance(chosen, Affine):
+            return chosen
         symmetric = chosen.symmetric if self.symmetric is None else self.symmetric
         return replace(chosen, group=self.group_size or chosen.group, symmetric=symmetric)
 
@@ -152,15 +184,74 @@ class Quantize(EncodePass):
     def apply(self, program: Program, ctx: Context) -> PassResult:
         result = PassResult()
         chosen = self.distinct(program, result)
+        original, undo = program.clone(), self._undo(program, set(result.matched))
+        fitted, held = (ctx.batches, ctx.batches) if self.max_drop is None or ctx.metric else split(ctx.batches)
+        ctx = replace(ctx, batches=fitted)
         tables = [s for s in chosen if any(user.target in EMBEDDING for user in s.weight.users)]
-        jobs = [(s, self._checked(program, s, self.encoding())) for s in chosen if s not in tables]
-        rows = [(s, self._checked(program, s, _EMBEDDING)) for s in tables]
+        fitter, of_tables = self.fitted_by(), registry().fitter("mse")
+        wanted = self._allocated(program, [s for s in chosen if s not in tables], ctx, result)
+        jobs = [(s, self._checked(program, s, wanted[s.path], fitter)) for s in chosen if s not in tables]
+        rows = [(s, self._checked(program, s, _EMBEDDING, of_tables)) for s in tables]
         matched = set(result.matched)
         before = None if self.sequential else program.clone()
         self._quantize_inputs(program, [s for s in self.sites(program) if s.path in matched], ctx)
-        self.store(program, jobs, ctx, self.fitted_by(), watch=before)
-        self.store(program, rows, ctx, registry().fitter("mse"))
+        if rows:  # first: in sequence, what reads them is fitted to what they have become
+            self.store(program, rows, ctx, of_tables)
+        result.warnings += self.store(program, jobs, ctx, fitter, before, self.checkpoint)
+        if self.max_drop is not None:
+            self._back_off(original, program, undo, ctx, held, result)
         return result
+
+    def _allocated(
+        self, program: Program, sites: Sequence[Site], ctx: Context, result: PassResult
+    ) -> dict[str, Encoding]:
+        """Site → encoding: the same everywhere, or what the budget of bits allows."""
+        base = self.encoding()
+        if self.effective_bits is None:
+            return {s.path: base for s in sites}
+        assert isinstance(base, Affine)
+        default = self.symmetric is None  # two symmetric bits are three levels
+        widths = [replace(base, bits=b, symmetric=b > 2 if default else base.symmetric) for b in self.widths]
+        measured = self.sensitivity or measure_losses(
+            program, sites, lambda _: widths, self.fitted_by(), ctx.batches, ctx.track
+        )
+        chosen = measured.allocate(self.effective_bits, [s.path for s in sites])
+        result.sensitivity = measured
+        result.metrics["effective_bits"] = measured.effective_bits(chosen)
+        return chosen
+
+    def _undo(self, program: Program, paths: set[str]) -> dict[str, list[Undo]]:
+        """Site → how to give it back."""
+        steps: dict[str, list[Undo]] = {}
+        if self.max_drop is not None:
+            for site in self.sites(program):
+                if site.path in paths:
+                    steps.setdefault(site.path, []).append(Undo.of(program, site))
+        return steps
+
+    def _back_off(
+        self,
+        original: Program,
+        program: Program,
+        undo: dict[str, list[Undo]],
+        ctx: Context,
+        held: Sequence[FlatBatch],
+        result: PassResult,
+    ) -> None:
+        assert self.max_drop is not None
+        metric = ctx.metric
+        before = 0.0 if metric is None else float(metric(original))
+
+        def drop(candidate: Program) -> float:
+            return relative_error(original, candidate, held) if metric is None else before - float(metric(candidate))
+
+        returned, alone = back_off(program, undo, drop, self.max_drop, ctx.track)
+        give_back(program, [step for path in returned for step in undo[path]])
+        program.refresh()
+        for path in returned:
+            result.skipped[path] = f"given back for max_drop={self.max_drop}: alone it costs {alone[path]:.3g}"
+        result.matched = [path for path in result.matched if path not in returned]
+        result.metrics["drop"] = drop(program)
 
     def refuse(self, program: Program, site: Site) -> str:
         current = program.encoding(site.weight)
@@ -172,9 +263,12 @@ class Quantize(EncodePass):
             return "its weight is also an embedding table; use embeddings=true to quantise it"
         return ""
 
-    def _checked(self, program: Program, site: Site, encoding: Encoding) -> Encoding:
+    def _checked(self, program: Program, site: Site, encoding: Encoding, fitter: Fitter) -> Encoding:
+        whole = inside(program.encoding(site.weight), encoding)
         try:
-            inside(program.encoding(site.weight), encoding).check(program.weight_value(site.weight))
+            whole.check(program.weight_value(site.weight))
+            if reason := refusal(fitter, whole):
+                raise OptionError(reason, fix="use fitter=rtn")
         except ParetocError as error:
             raise OptionError(
                 error.what,

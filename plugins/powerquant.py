@@ -24,7 +24,7 @@ from ..compiler.program import Program
 from ..compiler.reencode import EncodePass
 
 #: where the exponent is searched: below, every code but 0 decodes to almost m; 1 is the uniform code
-_EXPONENTS = (0.1, 1.0)
+EXPONENTS = (0.1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Power(Encoding):
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise OptionError(f"Power has 2 to 8 bits, not {self.bits}", where="Power(bits=…)", fix="use 2 … 8")
-        if not _EXPONENTS[0] <= self.exponent <= _EXPONENTS[1]:
+        if not EXPONENTS[0] <= self.exponent <= EXPONENTS[1]:
             raise OptionError(
                 f"the exponent {self.exponent} is out of range",
                 where="Power(exponent=…)",
-                fix="use {} … {}; 1 is the uniform code".format(*_EXPONENTS),
+                fix="use {} … {}; 1 is the uniform code".format(*EXPONENTS),
             )
 
     @property
@@ -124,7 +124,7 @@ def search_exponent(weights: Sequence[Tensor], bits: int) -> float:
 
     total = sum(float(weight.float().norm()) for weight in weights) or 1.0
     options = {"xatol": 1e-3, "fatol": 1e-5}
-    found = minimize(error, [0.5], method="Nelder-Mead", bounds=[_EXPONENTS], options=options)
+    found = minimize(error, [0.5], method="Nelder-Mead", bounds=[EXPONENTS], options=options)
     return round(float(found.x[0]), 3)
 
 

@@ -21,8 +21,9 @@ from torch import Tensor, fx
 from ...compiler.backend import Row
 from ...compiler.errors import ArtifactError, LoweringError, OptionError
 from ...compiler.inline import inline_decode
-from ...compiler.program import Program, operands
+from ...compiler.program import Program, argument, operands
 from ...compiler.sites import SDPA, Site, weight_sites
+from ...compiler.sums import split_sums
 from .integers import representable
 from .kernels import explain_session
 from .lower import Lowering, required_opset
@@ -54,13 +55,17 @@ class OnnxExecutable:
         sites = [
             [s.path, str(program.encoding(s.weight) or "dense"), s.kind, _activations(s)] for s in weight_sites(program)
         ]
+        beside = split_sums(program)
         encodings = [program.encoding(n) for n in program.calls(torch.ops.paretoc.decode.default)]
         traced = inline_decode(program, representable)
         wants_attention = target == "onnxruntime" and program.calls(*SDPA)
-        opset = required_opset(encodings, _ATTENTION_OPSET if wants_attention else _BASE_OPSET)
+        codes = [
+            str(argument(n, 2, "code", "int8")) for n in program.calls(torch.ops.paretoc.fake_quantize_dynamic.default)
+        ]
+        opset = required_opset(encodings, codes, _ATTENTION_OPSET if wants_attention else _BASE_OPSET)
         model = translate(program, opset)
         Lowering(model, target).run()
-        optimise(model, traced)
+        optimise(model, [*beside, *traced])
         settings: dict[str, Any] = {
             "config": {"session.qdq_matmulnbits_accuracy_level": "1"},
             # folding would turn traced codes into dense float weights when the session starts

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from onnx_ir import tape
 
-from ...compiler.dialect.activations import bits_of
+from ...compiler.dialect.activations import FLOATS, INTEGERS
 from ...compiler.encodings import parse_encoding
 from ...compiler.errors import LoweringError
 from .integers import Integers, integers, pack_bits
@@ -146,7 +146,7 @@ class Lowering:
     ) -> ir.Value | None:
         """u8 activations × s8 weights, scaled once at the end, for symmetric weights with one scale a channel."""
         quantiser = _opaque(x, "StaticQuantize") or _opaque(x, "DynamicQuantize")
-        if quantiser is None or not stored.per_channel or stored.zero is not None:
+        if quantiser is None or not stored.per_channel or stored.zero is not None or _text(quantiser, "code") in FLOATS:
             return None
         weight = self.constant(f"{site}.weight.codes_transposed", stored.codes.T.astype(np.int8))
         width = stored.codes.shape[0]
@@ -291,7 +291,7 @@ class Lowering:
         return self.emit(quantiser, "QuantizeLinear", [source, scale, zero]), scale, zero
 
     def _tensor_codes(self, quantiser: ir.Node, source: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        bits = bits_of(_text(quantiser, "code"))
+        bits = INTEGERS[_text(quantiser, "code")]
         if bits == 8:
             codes, scale, zero = self.emit(quantiser, "DynamicQuantizeLinear", [source], outputs=3)
             return codes, scale, zero
@@ -314,23 +314,44 @@ class Lowering:
 
     def _token_codes(self, quantiser: ir.Node, source: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Symmetric codes around 128: unsigned, because u8×s8 is the fast product on x86."""
-        axes = self.constant("axes.last", np.array([-1], dtype=np.int64))
-        peak = self.emit(quantiser, "ReduceMax", [self.emit(quantiser, "Abs", [source]), axes], {"keepdims": 1})
-        floor = self.constant("token.smallest_peak", np.array(1e-8, dtype=np.float32))
-        bits = bits_of(_text(quantiser, "code"))
-        levels = self.constant(f"token.levels{bits}", np.array((1 << bits - 1) - 1, dtype=np.float32))
-        scale = self.emit(quantiser, "Div", [self.emit(quantiser, "Max", [peak, floor]), levels])
+        scale = self._symmetric_scale(quantiser, source, (1 << INTEGERS[_text(quantiser, "code")] - 1) - 1)
         rounded = self.emit(quantiser, "Round", [self.emit(quantiser, "Div", [source, scale])])
         offset = self.constant("token.offset", np.array(128, dtype=np.float32))
         shifted = self.emit(quantiser, "Add", [rounded, offset])
         codes = self.emit(quantiser, "Cast", [shifted], {"to": int(ir.DataType.UINT8)})
         return codes, scale, self.constant("token.zero", np.array(128, dtype=np.uint8))
 
+    def _symmetric_scale(self, quantiser: ir.Node, source: ir.Value, top: float) -> ir.Value:
+        """max|x| / top, of each token or of all."""
+        axes = [self.constant("axes.last", np.array([-1], dtype=np.int64))]
+        token = _text(quantiser, "granularity") == "token"
+        magnitude = self.emit(quantiser, "Abs", [source])
+        peak = self.emit(quantiser, "ReduceMax", [magnitude, *(axes if token else [])], {"keepdims": int(token)})
+        floor = self.constant("peak.smallest", np.array(1e-8, dtype=np.float32))
+        levels = self.constant(f"peak.code{top:g}", np.array(top, dtype=np.float32))
+        return self.emit(quantiser, "Div", [self.emit(quantiser, "Max", [peak, floor]), levels])
+
+    def _floating(self, node: ir.Node) -> None:
+        """x → scale · float8(x / scale): ONNX Runtime's CPU has the types, and computes in float32."""
+        source, code = node.inputs[0], _text(node, "code")
+        assert source is not None
+        top = torch.finfo(FLOATS[code]).max
+        scale = self._symmetric_scale(node, source, top)
+        bounds = [self.constant(f"peak.code{sign * top:g}", np.array(sign * top, dtype=np.float32)) for sign in (-1, 1)]
+        shrunk = self.emit(node, "Clip", [self.emit(node, "Div", [source, scale]), *bounds])
+        kind = {"e4m3": ir.DataType.FLOAT8E4M3FN, "e5m2": ir.DataType.FLOAT8E5M2}[code]
+        rounded = self.emit(node, "Cast", [shrunk], {"to": int(kind), "saturate": 1})
+        values = self.emit(node, "Cast", [rounded], {"to": int(ir.DataType.FLOAT)})
+        self.replace(node, self.emit(node, "Mul", [values, scale]))
+
     def _static(self, node: ir.Node) -> None:
         codes, scale, zero = self._quantised_input(node)
         self.replace(node, self.emit(node, "DequantizeLinear", [codes, scale, zero]))
 
     def _dynamic(self, node: ir.Node) -> None:
+        if _text(node, "code") in FLOATS:
+            self._floating(node)
+            return
         codes, scale, zero = self._quantised_input(node)
         if _text(node, "granularity") == "tensor":
             self.replace(node, self.emit(node, "DequantizeLinear", [codes, scale, zero]))
@@ -358,8 +379,10 @@ class Lowering:
         self.replace(node, value)
 
 
-def required_opset(encodings: Sequence[Any], base: int) -> int:
-    """The lowest opset that holds these encodings: 21 for 4-bit integers and for blocks of scales."""
+def required_opset(encodings: Sequence[Any], codes: Sequence[str], base: int) -> int:
+    """The lowest opset that holds these encodings of weights and codes of activations: 19 for float8, 21 for 4-bit
+    integers and for blocks of scales."""
+    base = max(base, 19) if any(code in FLOATS for code in codes) else base
     for encoding in encodings:
         inner = getattr(encoding, "values", encoding)
         if getattr(inner, "bits", 8) <= 4 or getattr(inner, "group", 0) > 0:

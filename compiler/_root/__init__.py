@@ -17,11 +17,16 @@ _PUBLIC = {
     "Pass": "passes",
     "SitePass": "passes",
     "EncodePass": "reencode",
+    "Composite": "passes",
     "PassResult": "passes",
     "Context": "passes",
     "Phase": "passes",
+    "Sensitivity": "sensitivity",
     "Statistic": "statistics",
+    "Derived": "statistics",
     "Hessian": "statistics",
+    "WeightedHessian": "statistics",
+    "AttentionReceived": "statistics",
     "ChannelMean": "statistics",
     "ChannelMax": "statistics",
     "MinMax": "statistics",
@@ -29,10 +34,19 @@ _PUBLIC = {
     "Encoding": "encodings",
     "Dense": "encodings",
     "Affine": "encodings",
+    "Float": "encodings",
+    "Binary": "encodings",
+    "Ternary": "encodings",
+    "Nested": "encodings",
     "Scaled": "encodings",
     "Parameters": "encodings",
     "innermost": "encodings",
     "NM": "encodings",
+    "NF4": "encodings",
+    "Codebook": "encodings",
+    "Additive": "encodings",
+    "LowRank": "encodings",
+    "Sum": "encodings",
     "Arrays": "encodings",
     "Fit": "encodings",
     "parse_encoding": "encodings",
@@ -47,6 +61,7 @@ _PUBLIC = {
     "Fitter": "protocols",
     "DataFree": "protocols",
     "Evidence": "protocols",
+    "Adaptive": "protocols",
     "Backend": "backend",
     "Executable": "backend",
     "Row": "backend",
@@ -66,7 +81,18 @@ _PUBLIC = {
     "ConformanceError": "errors",
 }
 #: pass classes, from the package of built-in passes
-_PASSES = ("Canonicalize", "MergeModels", "MergeTokens", "PruneNM", "PruneTokens", "Quantize", "ReduceTokens")
+_PASSES = (
+    "Canonicalize",
+    "CorrectBias",
+    "MergeModels",
+    "MergeTokens",
+    "PruneNM",
+    "PruneTokens",
+    "Quantize",
+    "ReduceTokens",
+    "Rotate",
+    "Smooth",
+)
 
 if TYPE_CHECKING:
     from paretoc.compiler.artifact import load as load
@@ -77,14 +103,23 @@ if TYPE_CHECKING:
     from paretoc.compiler.capture import capture as capture
     from paretoc.compiler.driver import CompiledModel as CompiledModel
     from paretoc.compiler.driver import compile as compile
+    from paretoc.compiler.encodings import NF4 as NF4
     from paretoc.compiler.encodings import NM as NM
+    from paretoc.compiler.encodings import Additive as Additive
     from paretoc.compiler.encodings import Affine as Affine
     from paretoc.compiler.encodings import Arrays as Arrays
+    from paretoc.compiler.encodings import Binary as Binary
+    from paretoc.compiler.encodings import Codebook as Codebook
     from paretoc.compiler.encodings import Dense as Dense
     from paretoc.compiler.encodings import Encoding as Encoding
     from paretoc.compiler.encodings import Fit as Fit
+    from paretoc.compiler.encodings import Float as Float
+    from paretoc.compiler.encodings import LowRank as LowRank
+    from paretoc.compiler.encodings import Nested as Nested
     from paretoc.compiler.encodings import Parameters as Parameters
     from paretoc.compiler.encodings import Scaled as Scaled
+    from paretoc.compiler.encodings import Sum as Sum
+    from paretoc.compiler.encodings import Ternary as Ternary
     from paretoc.compiler.encodings import innermost as innermost
     from paretoc.compiler.encodings import pack as pack
     from paretoc.compiler.encodings import packed_size as packed_size
@@ -103,12 +138,14 @@ if TYPE_CHECKING:
     from paretoc.compiler.errors import ScheduleError as ScheduleError
     from paretoc.compiler.errors import VerificationError as VerificationError
     from paretoc.compiler.hookspecs import hook as hook
+    from paretoc.compiler.passes import Composite as Composite
     from paretoc.compiler.passes import Context as Context
     from paretoc.compiler.passes import Pass as Pass
     from paretoc.compiler.passes import PassResult as PassResult
     from paretoc.compiler.passes import Phase as Phase
     from paretoc.compiler.passes import SitePass as SitePass
     from paretoc.compiler.program import Program as Program
+    from paretoc.compiler.protocols import Adaptive as Adaptive
     from paretoc.compiler.protocols import DataFree as DataFree
     from paretoc.compiler.protocols import Evidence as Evidence
     from paretoc.compiler.protocols import Fitter as Fitter
@@ -117,20 +154,27 @@ if TYPE_CHECKING:
     from paretoc.compiler.protocols import TokenState as TokenState
     from paretoc.compiler.reencode import EncodePass as EncodePass
     from paretoc.compiler.report import Report as Report
+    from paretoc.compiler.sensitivity import Sensitivity as Sensitivity
     from paretoc.compiler.sites import Site as Site
+    from paretoc.compiler.statistics import AttentionReceived as AttentionReceived
     from paretoc.compiler.statistics import ChannelMax as ChannelMax
     from paretoc.compiler.statistics import ChannelMean as ChannelMean
+    from paretoc.compiler.statistics import Derived as Derived
     from paretoc.compiler.statistics import Hessian as Hessian
     from paretoc.compiler.statistics import MinMax as MinMax
     from paretoc.compiler.statistics import Sample as Sample
     from paretoc.compiler.statistics import Statistic as Statistic
+    from paretoc.compiler.statistics import WeightedHessian as WeightedHessian
     from paretoc.passes import Canonicalize as Canonicalize
+    from paretoc.passes import CorrectBias as CorrectBias
     from paretoc.passes import MergeModels as MergeModels
     from paretoc.passes import MergeTokens as MergeTokens
     from paretoc.passes import PruneNM as PruneNM
     from paretoc.passes import PruneTokens as PruneTokens
     from paretoc.passes import Quantize as Quantize
     from paretoc.passes import ReduceTokens as ReduceTokens
+    from paretoc.passes import Rotate as Rotate
+    from paretoc.passes import Smooth as Smooth
 
 
 def __getattr__(name: str) -> Any:

@@ -27,28 +27,31 @@ def reference_fake_quantize(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 @torch.library.custom_op("paretoc::fake_quantize_dynamic", mutates_args=())
 def fake_quantize_dynamic(x: Tensor, granularity: str, code: str = "int8") -> Tensor:
-    """Quantise with a range found at run time; `code` is int2 … int8.
+    """Quantise with a range found at run time; `code` is int2 … int8, e4m3 or e5m2.
 
-    granularity "tensor": unsigned, asymmetric, one range, with int8 exactly ONNX DynamicQuantizeLinear.
-    granularity "token": symmetric, scale = max|x| / (2^(b−1) − 1) over the last axis.
+    granularity "tensor": one range; integers unsigned and asymmetric, with int8 exactly ONNX DynamicQuantizeLinear.
+    granularity "token": symmetric, over the last axis; scale = max|x| / the largest code, as with floating codes.
     """
     return reference_fake_quantize_dynamic(x, granularity, code)
 
 
-def bits_of(code: str) -> int:
-    """The width of an integer code."""
-    if code.removeprefix("int") not in "2345678" or not code.startswith("int"):
-        raise ValueError(f"{code!r} is not an activation code; there are int2 … int8")
-    return int(code.removeprefix("int"))
+#: floating-point codes → their PyTorch type
+FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+INTEGERS = {f"int{bits}": bits for bits in range(2, 9)}
 
 
 def reference_fake_quantize_dynamic(x: Tensor, granularity: str, code: str = "int8") -> Tensor:
-    values, bits = x.float(), bits_of(code)
-    if granularity == "token":
-        levels = (1 << bits - 1) - 1
-        scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-8) / levels
-        return (torch.round(values / scale).clamp(-levels, levels) * scale).to(x.dtype)
-    low, high, levels = values.amin().clamp(max=0), values.amax().clamp(min=0), (1 << bits) - 1
+    values = x.float()
+    if code not in FLOATS and code not in INTEGERS:
+        raise ValueError(f"{code!r} is not an activation code; there are {', '.join([*INTEGERS, *FLOATS])}")
+    if granularity == "token" or code in FLOATS:
+        peak = values.abs().amax(-1, keepdim=True) if granularity == "token" else values.abs().amax()
+        top = torch.finfo(FLOATS[code]).max if code in FLOATS else (1 << INTEGERS[code] - 1) - 1
+        scale = peak.clamp(min=1e-8) / top
+        shrunk = (values / scale).clamp(-top, top)
+        rounded = shrunk.to(FLOATS[code]).float() if code in FLOATS else torch.round(shrunk)
+        return (rounded * scale).to(x.dtype)
+    low, high, levels = values.amin().clamp(max=0), values.amax().clamp(min=0), (1 << INTEGERS[code]) - 1
     scale = (high - low) / levels
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     zero = torch.round((-low / scale).clamp(0, levels))

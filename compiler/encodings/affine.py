@@ -73,16 +73,14 @@ class Affine(Scaled):
 
     def parameters(self, grouped: Tensor, shrink: Tensor | float = 1.0) -> Parameters:
         if self.symmetric:
-            return self.round_scale(grouped.abs().amax(-1) * shrink / self.levels, self.levels)
+            return self.round_scale(grouped.abs().amax(-1), self.levels, shrink)
         low, high = grouped.amin(-1), grouped.amax(-1)
         if self.zero == "integer":
             low, high = low.clamp(max=0), high.clamp(min=0)
-        low, high = low * shrink, high * shrink
-        flat = low == high
-        margin = torch.where(flat, 1 + low.abs(), 0.0)
-        low, high = low - margin, high + margin
-        parameters = self.round_scale((high - low) / self.levels, self.levels)
-        return parameters | {"zero": self._zero(-low / parameters["scale"])}
+        # a group of one value, under a floating zero point, is its own range
+        peak = torch.where(low == high, low.abs(), high - low)
+        parameters = self.round_scale(peak, self.levels, shrink)
+        return parameters | {"zero": self._zero(-low * shrink / parameters["scale"])}
 
     def _zero(self, exact: Tensor) -> Tensor:
         return exact if self.zero == "float" else torch.round(exact).clamp(0, self.levels)

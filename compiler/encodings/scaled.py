@@ -44,13 +44,18 @@ class Scaled(Encoding):
                 fix=did_you_mean(self.scale, SCALES),
             )
 
+    @property
+    def local(self) -> bool:
+        """Whether the parameters of a group depend on that group alone."""
+        return SCALES[self.scale].local
+
     @abstractmethod
     def parameters(self, grouped: Tensor, shrink: Tensor | float = 1.0) -> Parameters:
         """Parameters `[R, G]` for the range of each group of `[R, G, n]` times `shrink` (clip search)."""
 
     @abstractmethod
     def quantize(self, grouped: Tensor, parameters: Parameters) -> Tensor:
-        """Nearest codes, as floats `[R, G, n]`."""
+        """Nearest codes, as floats `[R, G, n]`. What a code is, is the encoding's own affair."""
 
     @abstractmethod
     def dequantize(self, codes: Tensor, parameters: Parameters) -> Tensor:
@@ -62,7 +67,7 @@ class Scaled(Encoding):
 
     @abstractmethod
     def load(self, arrays: Arrays, shape: Shape) -> tuple[Tensor, Parameters]:
-        """The stored arrays → codes, int32 `[R, G, n]`, and parameters."""
+        """The stored arrays → codes `[R, G, n]` and parameters."""
 
     def grid(self, shape: Shape) -> tuple[int, int, int]:
         """(R, G, n): how the scales see a tensor of this shape."""
@@ -84,9 +89,10 @@ class Scaled(Encoding):
         """W → float32 `[R, G, n]`."""
         return weight.float().reshape(self.grid(tuple(weight.shape)))
 
-    def round_scale(self, ideal: Tensor, top: float) -> Parameters:
-        """Ideal scales → what this scale format can hold; a group of zeros gets 1."""
-        return SCALES[self.scale].round(torch.where(ideal > 0, ideal, 1.0), top)
+    def round_scale(self, peak: Tensor, top: float, shrink: Tensor | float = 1.0) -> Parameters:
+        """Peaks `[R, G]` of the groups, what they shall be divided by, and clip search's share of them → the scales
+        that this format holds; a group of zeros has some scale too."""
+        return SCALES[self.scale].round(peak, top, shrink)
 
     def encode(self, weight: Tensor, fit: Fit | None = None) -> Arrays:
         if fit is not None:

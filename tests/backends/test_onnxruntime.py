@@ -222,7 +222,7 @@ def test_an_unsupported_operator_is_named() -> None:
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
-@pytest.mark.parametrize("code", ["int4", "int6", "int8"])
+@pytest.mark.parametrize("code", ["int4", "int6", "int8", "e4m3", "e5m2"])
 def test_every_activation_code_equals_the_reference(code: str, granularity: str) -> None:
     class Rounded(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -166,7 +166,7 @@ MISTAKES = {
     "an unknown fitter": (
         "quantize:W8A16,fitter=ms",
         "there is no fitter called 'ms'",
-        "did you mean 'mse'?",
+        "did you mean 'mse'",
     ),
     "an unknown granularity": ("quantize:granularity=row", "granularity 'row' is not known", "use 'tensor'"),
     "a group for a scheme without": (

@@ -1,0 +1,115 @@
+"""min ‖(W − Ŵ)X‖² column by column: what rounding or pruning a weight costs, the weights not yet fixed make up for.
+
+Optimal Brain Surgeon (Hassibi & Stork 1993) with one order of columns for all rows: Frantar et al. 2023, "GPTQ",
+section 3.3, and Frantar & Alistarh 2023, "SparseGPT", section 3.3. With H = XXᵀ + λI and H⁻¹ = UᵀU, U upper
+triangular, fixing column j to q leaves e = (w_j − q) / U_jj, and the later columns become W_k − e·U_jk. This is
+the exact least-squares update of the later columns, all of them free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...compiler.errors import PassError
+
+#: column j and its weights `[O]` → what they are fixed to `[O]`
+Round = Callable[[int, Tensor], Tensor]
+#: first column of a group, its weights `[O, n]` as the errors before have left them, and U_jj of its columns `[n]`
+#: → True where a weight stays `[O, n]`, or None
+Enter = Callable[[int, Tensor, Tensor], Tensor | None]
+
+#: a column of which the others explain all but this share is not independent of them
+_DEPENDENT = 1e-12
+#: from no damping at all to a Hessian that is all but diagonal
+_TRIALS = 16
+
+
+@dataclass(frozen=True)
+class Swept:
+    """Ŵ `[O, K]` and the λ that it took, as a share of the mean of the diagonal."""
+
+    weight: Tensor
+    damping: float
+
+
+def sweep(
+    weight: Tensor,
+    hessian: Tensor,
+    round_column: Round,
+    *,
+    mask: Tensor | None = None,
+    enter: Enter | None = None,
+    group: int = 1,
+    order: Tensor | None = None,
+    damp: float = 0.01,
+    block: int = 128,
+) -> Swept:
+    """Fix the columns of W `[O, K]` one after the other, in float64, under H `[K, K]`.
+
+    `mask` `[O, K]` is False where a weight is pruned: it is fixed to zero. `enter` is called before the first column
+    of every `group`, and may return the mask of that group. `order` `[K]`, not with `enter`, is the order in which
+    columns are fixed. Columns of inputs that are always zero are rounded, and change no other.
+    """
+    assert order is None or enter is None
+    order = torch.arange(weight.shape[1]) if order is None else order
+    upper, damping = inverse_factor(hessian[order][:, order], damp)
+    columns = weight.double().T[order]  # a column of W lies in a row here: what is fixed together is contiguous
+    kept = None if mask is None else mask.T[order]
+    result = torch.empty_like(columns)
+    for start, stop in _blocks(len(columns), group, block):
+        errors = columns.new_empty(stop - start, columns.shape[1])
+        for j in range(start, stop):
+            if enter is not None and j % group == 0:
+                chosen = enter(j, columns[j : j + group].T, upper.diagonal()[j : j + group])
+                if chosen is not None:
+                    kept = torch.ones_like(columns, dtype=torch.bool) if kept is None else kept
+                    kept[j : j + group] = chosen.T
+            fixed = round_column(int(order[j]), columns[j]).double()
+            result[j] = fixed if kept is None else torch.where(kept[j], fixed, 0.0)
+            errors[j - start] = (columns[j] - result[j]) / upper[j, j]
+            columns[j:stop].addr_(upper[j, j:stop], errors[j - start], alpha=-1)
+        columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return Swept(result[order.argsort()].T.contiguous(), damping)
+
+
+def _blocks(columns: int, group: int, block: int) -> Iterator[tuple[int, int]]:
+    """Spans of at most `block` columns, such that a group lies in one, or starts with one when it is longer."""
+    whole = group * max(block // group, 1)
+    for first in range(0, columns, whole):
+        last = min(first + whole, columns)
+        for start in range(first, last, block):
+            yield start, min(start + block, last)
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
+    """H `[K, K]` → U, float64 upper triangular with UᵀU = (H + λI)⁻¹, and λ / mean(diag H).
+
+    λ begins at `damp` and grows until the sum is safely positive definite. An input that is always zero gets the
+    mean of the diagonal instead, so that no error goes to or from it. Raises PassError when H is not finite.
+    """
+    hessian = hessian.double().clone()
+    diagonal = hessian.diagonal()
+    if not torch.isfinite(hessian).all():
+        raise PassError(
+            "the Hessian of the calibration data is not finite",
+            where="Gram matrix of the inputs of a layer",
+            fix="look for NaN or infinity in the calibration data, or in the model",
+        )
+    live = diagonal > 0
+    mean = float(diagonal[live].mean()) if live.any() else 1.0
+    diagonal[~live] = mean
+    share = damp
+    for _ in range(_TRIALS):
+        damped = hessian.clone()
+        damped.diagonal().add_(share * mean)
+        # reversed rows and columns: R·Rᵀ with R upper triangular, so that the inverse of R is U
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed and (lower.diagonal().square() > _DEPENDENT * damped.diagonal().flip(0)).all():
+            break
+        share = max(10 * share, 1e-8)
+    root = lower.flip(0, 1)
+    return torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True), share
