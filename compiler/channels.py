@@ -9,7 +9,7 @@ two axes meet channel by channel (a residual add, one column of a weight) they b
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 from typing import Any, Literal
@@ -108,7 +108,7 @@ class ChannelAxis:
         return free
 
     def pin(self, channels: Tensor, why: str, node: fx.Node) -> None:
-        channels = channels[channels >= 0].unique()
+        channels = _distinct(channels[channels >= 0])
         if len(channels):
             self.pins.append(Pin(channels, why, node))
 
@@ -146,7 +146,7 @@ class _Walk:
         self.lost: dict[fx.Node, Pin] = {}
         self.shifted: list[Pin] = []  # holds only for channels without a bias to carry
         self.heads: list[tuple[int, int]] = []
-        self.rules = {
+        self.rules: dict[Any, Callable[[fx.Node], Any]] = {
             **dict.fromkeys(_SHAPES, lambda _: None),
             **dict.fromkeys(_SAME, self._copy),
             **dict.fromkeys(_MOVES, self._move),
@@ -225,7 +225,7 @@ class _Walk:
 
     def _pin(self, numbers: Any, node: fx.Node, why: str) -> None:
         for part in numbers if isinstance(numbers, list) else [numbers]:
-            if isinstance(part, Tensor) and len(held := part[part >= 0].unique()):
+            if isinstance(part, Tensor) and len(held := _distinct(part[part >= 0])):
                 self.pins.append(Pin(held, why, node))
 
     def _pin_operands(self, node: fx.Node, why: str) -> None:
@@ -234,11 +234,12 @@ class _Walk:
 
     def _shift(self, numbers: Tensor, node: fx.Node) -> None:
         """An operator that is linear but does not keep a constant as it is."""
-        self.shifted.append(Pin(numbers[numbers >= 0].unique(), "the bias of its norm cannot pass here", node))
+        self.shifted.append(Pin(_distinct(numbers[numbers >= 0]), "the bias of its norm cannot pass here", node))
 
     def _unify(self, a: Tensor, b: Tensor, node: fx.Node) -> None:
         """Both hold the same channels, element by element."""
-        a, b = torch.broadcast_tensors(a, b)
+        shape = torch.broadcast_shapes(a.shape, b.shape)
+        a, b = a.expand(shape), b.expand(shape)
         one = (a >= 0) ^ (b >= 0)
         self._pin(torch.maximum(a, b)[one], node, "it meets a value whose channels cannot be followed")
         both = (a >= 0) & (b >= 0)
@@ -247,8 +248,7 @@ class _Walk:
         fits = (channel_a == channel_b) & (sizes[axis_a] == sizes[axis_b])
         for numbers in (a[both][~fits], b[both][~fits]):
             self._pin(numbers, node, "channels of different places meet")
-        pairs = torch.stack([axis_a[fits], axis_b[fits]], -1).unique(dim=0)
-        self.same.add_edges_from((int(x), int(y)) for x, y in pairs)
+        self.same.add_edges_from(set(zip(axis_a[fits].tolist(), axis_b[fits].tolist(), strict=True)))
 
     def _level(self, numbers: Tensor, dims: Sequence[int], node: fx.Node) -> Tensor:
         """Along these dimensions the channels are the same ones: one place speaks for all."""
@@ -260,7 +260,7 @@ class _Walk:
 
     # -- rules ------------------------------------------------------------------------------------------------------
 
-    def _unknown(self, node: fx.Node) -> None:
+    def _unknown(self, node: fx.Node) -> Any:
         self._pin_operands(node, f"{node.target} does not commute with {'scaling' if self._scales else 'a rotation'}")
 
     @property
@@ -301,9 +301,9 @@ class _Walk:
             self._pin_with(node, other, numbers if self._of(other) is None else None)
         if any(numbers is None for numbers in pair):
             return None
-        a, b = torch.broadcast_tensors(*pair)
-        self._unify(a, b, node)
-        return a
+        self._unify(*pair, node)
+        sum_: Tensor = pair[0].expand(torch.broadcast_shapes(*(numbers.shape for numbers in pair)))
+        return sum_
 
     def _multiply(self, node: fx.Node) -> Tensor | None:
         """By a number or a value that has no channels; under a rotation it may not depend on the channel."""
@@ -434,7 +434,7 @@ class _Walk:
         if numbers.ndim > 2 and numbers.shape[-3] not in (1, shape[-3]):  # grouped-query attention
             numbers = numbers.repeat_interleave(shape[-3] // numbers.shape[-3], dim=-3)
         held = numbers[numbers >= 0]
-        self.heads += [(int(axis), shape[-1]) for axis in self._split(held)[0].unique()]
+        self.heads += [(int(axis), shape[-1]) for axis in _distinct(self._split(held)[0])]
         self._shift(numbers, node)
         return numbers
 
@@ -509,12 +509,17 @@ class _Walk:
         owner, channels = self._split(numbers.clamp(min=0))
         owner = torch.tensor([root[a] for a in range(len(self.sizes))])[owner]
         owner[numbers < 0] = -1
-        return [(int(r), torch.where(owner == r, channels, -1)) for r in owner.unique() if r >= 0]
+        return [(int(r), torch.where(owner == r, channels, -1)) for r in _distinct(owner) if r >= 0]
 
 
 def _weight_and_bias(node: fx.Node) -> list[Operand]:
     bias = Operand(node, 2, "bias")
     return [Operand(node, 1), bias] if bias.source is not None else [Operand(node, 1)]
+
+
+def _distinct(numbers: Tensor) -> Tensor:
+    found: Tensor = torch.unique(numbers)  # type: ignore[no-untyped-call]  # PyTorch's own
+    return found
 
 
 def _compact(numbers: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from torch import Tensor, fx
 
 from ..compiler.channels import ChannelAxis, Use, channel_axes
 from ..compiler.encodings import Affine, Encoding, parse_encoding
-from ..compiler.errors import OptionError, PassError, did_you_mean
+from ..compiler.errors import OptionError, ParetocError, PassError, did_you_mean
 from ..compiler.passes import Context, PassResult, Phase, SitePass
-from ..compiler.program import Program, operands
+from ..compiler.program import Program, describe, operands
 from ..compiler.sites import Site, weight_sites
 from ..compiler.statistics import ChannelMax, ChannelMean, Sample, Statistic
 from ..compiler.weights import WeightEdits
@@ -126,8 +126,13 @@ class Smooth(SitePass):
         """‖Q(W·diag s)·(X/s) − W·X‖² on the sampled inputs of one layer."""
         weight, x = edits[use.operand].float(), ctx.statistic(Sample(_input(use).name))[0]
         columns = torch.where(use.channels >= 0, scale[use.channels.clamp(min=0)], 1.0).float()
-        encoding = self._encoding(weight.shape[1])
-        scaled = weight * columns
+        encoding, scaled = self._encoding(weight.shape[1]), weight * columns
+        try:
+            encoding.check(scaled)
+        except ParetocError as error:
+            raise OptionError(
+                error.what, where=f"pass 'smooth', {describe(use.operand.node)}", fix="try other weights="
+            ) from error
         stored = encoding.decode(encoding.encode(scaled), tuple(scaled.shape)) / columns
         return float((x @ (stored - weight).T).square().sum())
 
@@ -174,8 +179,8 @@ def _largest(axis: ChannelAxis, found: Iterable[tuple[Use, Tensor]]) -> Tensor:
 
 def _fold(axis: ChannelAxis, scale: Tensor, edits: WeightEdits) -> None:
     for use in axis.writers:
-        ones = torch.ones(axis.size, dtype=torch.float64)
-        value = edits[use.operand] if use.operand in edits else ones  # a norm without a weight gets one
+        missing = use.operand not in edits  # a norm without a weight gets one
+        value = torch.ones(axis.size, dtype=torch.float64) if missing else edits[use.operand]
         edits[use.operand] = (value.movedim(use.dim, -1) / scale).movedim(-1, use.dim)
     for use in axis.readers:
         columns = torch.where(use.channels >= 0, scale[use.channels.clamp(min=0)], 1.0)

@@ -155,14 +155,14 @@ def test_the_text_form_of_token_passes_reads_back(built):
 
 MISTAKES = {
     "an unknown pass": ("quantise:W8A8", "there is no pass called 'quantise'", "did you mean 'quantize'"),
-    "nothing like a pass": ("zzz", "there is no pass called 'zzz'", "known: canonicalize"),
+    "nothing like a pass": ("zzz", "there is no pass called 'zzz'", "known: aqlm"),
     "an unknown option": (
         "quantize:W8A8,fiter=rtn",
         "pass 'quantize' has no option 'fiter'",
         "did you mean 'fitter'?",
     ),
     "an unknown scheme": ("quantize:W8A9", "there is no scheme 'W8A9'", "did you mean"),
-    "a number for a scheme": ("quantize:8", "there is no scheme '8'", "known:"),
+    "a number for a scheme": ("quantize:8", "there is no scheme '8'", "did you mean 'FP8'"),
     "an unknown fitter": (
         "quantize:W8A16,fitter=ms",
         "there is no fitter called 'ms'",
