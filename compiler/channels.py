@@ -18,9 +18,9 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from .errors import PassError
+from .encodings import NM
 from .norms import Norm, norms
-from .program import Program, argument, describe, example_shape, hint, operands
+from .program import Program, argument, example_shape, hint, operands
 from .sites import ADD, EMBEDDING, LINEAR, MATMUL, SDPA
 from .weights import Operand
 
@@ -71,9 +71,6 @@ class Pin:
     channels: Tensor
     why: str
     node: fx.Node
-
-    def error(self, what: str) -> PassError:
-        return PassError(f"{what}: {self.why}", where=describe(self.node), fix="leave this pass out for this model")
 
     def __str__(self) -> str:
         return f"{self.why} (node {self.node.name})"
@@ -170,7 +167,9 @@ class _Walk:
 
     def run(self) -> list[ChannelAxis]:
         for node in self.program.graph.nodes:
-            if node.op == "output":
+            if node.op == "get_attr":
+                self._stored(node)
+            elif node.op == "output":
                 self._pin_operands(node, "it is an output of the model")
             elif node.op == "call_function" and node not in self.inside:
                 known, norm = len(self.pins), self.norms.get(node)
@@ -211,17 +210,18 @@ class _Walk:
         axis = torch.bucketize(numbers, starts, right=True) - 1
         return axis, numbers - starts[axis]
 
-    def _of(self, value: Any, *, stored: bool = False) -> Any:
-        """The channels of an operand; `stored`: a stored tensor starts an axis on its last dimension."""
-        if not isinstance(value, fx.Node):
-            return None
-        if value not in self.values and stored and value.op == "get_attr":
-            tensor = value.meta["val"]
-            if tensor.is_floating_point() and tensor.ndim and tensor.shape[-1] > 1:
-                axis = self._axis(tensor.shape[-1])
-                self.writes.append((axis, Operand(value, -1), tensor.ndim - 1))
-                self.values[value] = self._numbers(axis, tensor.ndim)
-        return self.values.get(value)
+    def _stored(self, node: fx.Node) -> None:
+        """A stored tensor that is moved or added starts an axis on its last dimension."""
+        tensor = node.meta["val"]
+        summand = any(user.target in (*_MOVES, *ADD, aten.sub.Tensor) for user in node.users)
+        if summand and tensor.is_floating_point() and tensor.ndim and tensor.shape[-1] > 1:
+            axis = self._axis(tensor.shape[-1])
+            self.writes.append((axis, Operand(node, -1), tensor.ndim - 1))
+            self.values[node] = self._numbers(axis, tensor.ndim)
+
+    def _of(self, value: Any) -> Any:
+        """The channels of an operand."""
+        return self.values.get(value) if isinstance(value, fx.Node) else None
 
     def _pin(self, numbers: Any, node: fx.Node, why: str) -> None:
         for part in numbers if isinstance(numbers, list) else [numbers]:
@@ -238,10 +238,10 @@ class _Walk:
 
     def _unify(self, a: Tensor, b: Tensor, node: fx.Node) -> None:
         """Both hold the same channels, element by element."""
-        shape = torch.broadcast_shapes(a.shape, b.shape)
-        a, b = a.expand(shape), b.expand(shape)
+        larger = torch.maximum(a, b)
+        a, b = a.expand_as(larger), b.expand_as(larger)
         one = (a >= 0) ^ (b >= 0)
-        self._pin(torch.maximum(a, b)[one], node, "it meets a value whose channels cannot be followed")
+        self._pin(larger[one], node, "it meets a value whose channels cannot be followed")
         both = (a >= 0) & (b >= 0)
         (axis_a, channel_a), (axis_b, channel_b) = self._split(a[both]), self._split(b[both])
         sizes = torch.tensor(self.sizes)
@@ -272,8 +272,7 @@ class _Walk:
 
     def _move(self, node: fx.Node) -> Any:
         """Run the movement on the numbers."""
-        found = [self._of(n, stored=True) for n in node.all_input_nodes]
-        if all(f is None for f in found):
+        if all(self._of(read) is None for read in node.all_input_nodes):
             return None
 
         def whole(read: fx.Node) -> Any:
@@ -293,17 +292,14 @@ class _Walk:
         return parts[index] if isinstance(parts, list) and index < len(parts) else None
 
     def _add(self, node: fx.Node) -> Tensor | None:
-        pair = [self._of(operand) for operand in operands(node)[:2]]
-        if all(numbers is None for numbers in pair):
+        left, right = operands(node)[:2]
+        a, b = self._of(left), self._of(right)
+        if a is None or b is None:
+            self._pin_with(node, right if b is None else left, a if b is None else b)
             return None
-        pair = [self._of(operand, stored=True) for operand in operands(node)[:2]]
-        for other, numbers in zip(operands(node)[:2], pair[::-1], strict=True):
-            self._pin_with(node, other, numbers if self._of(other) is None else None)
-        if any(numbers is None for numbers in pair):
-            return None
-        self._unify(*pair, node)
-        sum_: Tensor = pair[0].expand(torch.broadcast_shapes(*(numbers.shape for numbers in pair)))
-        return sum_
+        self._unify(a, b, node)
+        total: Tensor = a.expand_as(torch.maximum(a, b))
+        return total
 
     def _multiply(self, node: fx.Node) -> Tensor | None:
         """By a number or a value that has no channels; under a rotation it may not depend on the channel."""
@@ -312,11 +308,11 @@ class _Walk:
             self._pin_operands(node, "it is multiplied by another value of the model")
             return None
         value, factor = (left, right) if self._of(left) is not None else (right, left)
-        numbers = self._of(value)
+        numbers: Tensor | None = self._of(value)
         if numbers is None:
             return None
         rank = len(example_shape(node))
-        numbers = numbers.reshape([1] * (rank - numbers.ndim) + list(numbers.shape))
+        numbers = _with_rank(numbers, rank)
         if not self._scales and isinstance(factor, fx.Node) and isinstance(factor.meta["val"], Tensor):
             sizes = [1] * rank + list(example_shape(factor))
             if any(a > 1 and b > 1 for a, b in zip(numbers.shape, sizes[-rank:] if rank else (), strict=True)):
@@ -325,13 +321,11 @@ class _Walk:
         self._shift(numbers, node)
         return numbers
 
-    def _homogeneous(self, node: fx.Node) -> Tensor | None:
-        if self._scales:
-            return self._of(operands(node)[0])
-        return self._unknown(node)
+    def _homogeneous(self, node: fx.Node) -> Any:
+        return self._of(operands(node)[0]) if self._scales else self._unknown(node)
 
-    def _pool(self, node: fx.Node) -> Tensor | None:
-        numbers = self._of(operands(node)[0])
+    def _pool(self, node: fx.Node) -> Any:
+        numbers: Tensor | None = self._of(operands(node)[0])
         dims = argument(node, 1, "dim")
         if numbers is None:
             return None
@@ -380,8 +374,12 @@ class _Walk:
 
     def _pin_fixed(self, numbers: Tensor, weights: Sequence[Operand], node: fx.Node) -> None:
         for operand in weights:
-            if why := operand.fixed(self.program):
+            why = operand.fixed(self.program)
+            if not self._scales and operand.source and isinstance(self.program.encoding(operand.source), NM):
+                why = "the pattern of its zeros would not survive"
+            if why:
                 self._pin(numbers, node, why)
+            self._pin(self._of(operand.source), node, "it is also the weight of a layer")
 
     def _norm(self, norm: Norm) -> Tensor | None:
         """A rotation passes a norm without a weight; its output is an axis of its own until the weight is gone."""
@@ -411,18 +409,18 @@ class _Walk:
             self.sources.append((len(self.sizes) - 1, norm))
         return written
 
-    def _attention(self, node: fx.Node) -> Tensor | None:
+    def _attention(self, node: fx.Node) -> Any:
         query, key, value = operands(node)[:3]
         for operand in (query, key, argument(node, 3, "attn_mask")):
             self._pin(self._of(operand), node, "an attention compares queries and keys")
         return self._mixed(node, self._of(value))
 
-    def _matmul(self, node: fx.Node) -> Tensor | None:
+    def _matmul(self, node: fx.Node) -> Any:
         left, right = operands(node)[:2]
         self._pin(self._of(left), node, "a matrix product sums over it, and the other operand is no weight")
         return self._mixed(node, self._of(right))
 
-    def _mixed(self, node: fx.Node, numbers: Tensor | None) -> Tensor | None:
+    def _mixed(self, node: fx.Node, numbers: Tensor | None) -> Any:
         """p `[…, T', T]` · v `[…, T, D]`: every token becomes a sum over tokens."""
         if numbers is None:
             return None
@@ -430,7 +428,7 @@ class _Walk:
             return self._unknown(node)
         numbers = self._level(numbers, [numbers.ndim - 2], node)
         shape = example_shape(node)
-        numbers = numbers.reshape([1] * (len(shape) - numbers.ndim) + list(numbers.shape))
+        numbers = _with_rank(numbers, len(shape))
         if numbers.ndim > 2 and numbers.shape[-3] not in (1, shape[-3]):  # grouped-query attention
             numbers = numbers.repeat_interleave(shape[-3] // numbers.shape[-3], dim=-3)
         held = numbers[numbers >= 0]
@@ -438,21 +436,21 @@ class _Walk:
         self._shift(numbers, node)
         return numbers
 
-    def _index(self, node: fx.Node) -> Tensor | None:
+    def _index(self, node: fx.Node) -> Any:
         """x[i, j, …]: rows picked by position; every row holds the same channels."""
         numbers, indices = self._of(operands(node)[0]), operands(node)[1]
         if numbers is None:
             return None
         if any(i is None for i in indices):
             return self._unknown(node)
-        picked = self._level(numbers, range(len(indices)), node).shape[len(indices) :]
-        return numbers.reshape(-1, *picked)[0].reshape([1] * (len(example_shape(node)) - len(picked)) + list(picked))
+        row = self._level(numbers, range(len(indices)), node).flatten(0, len(indices) - 1)[0]
+        return _with_rank(row, len(example_shape(node)))
 
     def _index_select(self, node: fx.Node) -> Tensor | None:
         numbers = self._of(operands(node)[0])
         return None if numbers is None else self._level(numbers, [operands(node)[1] % numbers.ndim], node)
 
-    def _pad_zeros(self, node: fx.Node) -> Tensor | None:
+    def _pad_zeros(self, node: fx.Node) -> Any:
         """Zeros stay zeros under both actions."""
         numbers, widths = self._of(operands(node)[0]), operands(node)[1]
         mode, value = argument(node, 2, "mode", "constant"), argument(node, 3, "value", None)
@@ -518,8 +516,13 @@ def _weight_and_bias(node: fx.Node) -> list[Operand]:
 
 
 def _distinct(numbers: Tensor) -> Tensor:
-    found: Tensor = torch.unique(numbers)  # type: ignore[no-untyped-call]  # PyTorch's own
+    found: Tensor = torch.unique(numbers)
     return found
+
+
+def _with_rank(numbers: Tensor, rank: int) -> Tensor:
+    """Dimensions of size 1 in front, as broadcasting adds them."""
+    return numbers.reshape([1] * (rank - numbers.ndim) + list(numbers.shape))
 
 
 def _compact(numbers: Tensor) -> Tensor:

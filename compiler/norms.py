@@ -69,7 +69,7 @@ def _spelt_out(rsqrt: fx.Node) -> Norm | None:
     add = operands(rsqrt)[0]
     mean = operands(add)[0] if _is(add, aten.add.Tensor, aten.add.Scalar) else None
     square = operands(mean)[0] if _is(mean, aten.mean.dim) else None
-    if square is None or not isinstance(operands(add)[1], float):
+    if mean is None or square is None or not isinstance(operands(add)[1], float):
         return None
     rank = len(shape_of(square))
     keep = bool(argument(mean, 2, "keepdim", False))

@@ -104,9 +104,10 @@ def rotation(n: int, kind: str, seed: int) -> Tensor:
     basis = hadamard(n) if kind == "hadamard" else None
     if basis is not None:
         signs = torch.randint(0, 2, (n, 1), generator=generator).double() * 2 - 1
-        return signs * basis / n**0.5
+        return signs * basis.div(n**0.5)
     q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).double()
+    uniform: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0).double()
+    return uniform
 
 
 def factors(n: int) -> tuple[int, int]:

@@ -134,7 +134,7 @@ def _forbidden(axes: list[ChannelAxis], axis: ChannelAxis) -> Pin | None:
     behind = [use for norm in axis.norms if not _kept(axes, norm) for use in output_axis(axes, norm).readers]
     uses = [*axis.writers, *axis.readers, *behind]
     apart = next((u for u in uses if _runs(u, axis.free, axis.size) is None), None)
-    return apart and Pin(everything, "this takes its channels apart", apart.operand.node)
+    return None if apart is None else Pin(everything, "this takes its channels apart", apart.operand.node)
 
 
 def _kept(axes: list[ChannelAxis], norm: Norm) -> Pin | None:
@@ -177,8 +177,8 @@ def _downs(program: Program, axes: list[ChannelAxis], turned: set[fx.Node]) -> l
         if node in outputs or any(read in behind for read in node.all_input_nodes):
             behind.add(node)
     closing = (use.operand.node for axis in axes if axis.norms for use in axis.writers if use.operand.index == 1)
-    linears = (n for n in closing if n.target in LINEAR and n.args[0] in behind and n not in turned)
-    return list(dict.fromkeys(linears))
+    linears = [n for n in dict.fromkeys(closing) if n.target in LINEAR and n.args[0] in behind and n not in turned]
+    return [n for n in linears if isinstance(weight := n.args[1], fx.Node) and program.encoding(weight) is None]
 
 
 class _Turn:

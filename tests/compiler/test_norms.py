@@ -11,18 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Model(nn.Module):
+class Spelt(nn.Module):
     def __init__(self, spelling) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(8))
-        self.spelling = spelling
+        self.weight, self.spelling = nn.Parameter(torch.randn(8)), spelling
 
     def forward(self, x: Tensor) -> Tensor:
         return self.spelling(self, x)
 
 
-def captured(spelling, dtype: torch.dtype = torch.float32):
-    program = capture(Model(spelling).to(dtype).eval(), torch.randn(2, 3, 8, dtype=dtype))
+def captured(*spellings, dtype: torch.dtype = torch.float32):
+    """All spellings in one program, an output each."""
+    parts = nn.ModuleList(map(Spelt, spellings))
+    parts.forward = lambda x: [part(x) for part in parts]
+    program = capture(parts.to(dtype).eval(), torch.randn(2, 3, 8, dtype=dtype))
     canonicalize(program)
     return program
 
@@ -45,16 +47,20 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_rms_norms_are_recognised(spelling):
-    program = captured(SPELLINGS[spelling])
-    (norm,) = norms(program)
-    assert norm.input is program.placeholders[0]
-    assert norm.output is program.outputs[0]
-    assert (norm.centred, norm.bias, norm.channels) == (False, None, 8)
-    assert norm.eps == pytest.approx(1e-6)
-    want = program.get("weight").double() + (spelling == "gemma")
-    torch.testing.assert_close(norm.weight.value(program), want, rtol=0, atol=1e-7)
+@pytest.fixture(scope="module")
+def program():
+    return captured(*SPELLINGS.values())
+
+
+def test_rms_norms_are_recognised(program):
+    found = norms(program)
+    assert [norm.output for norm in found] == program.outputs
+    for place, (name, norm) in enumerate(zip(SPELLINGS, found, strict=True)):
+        assert norm.input is program.placeholders[0]
+        assert (norm.centred, norm.bias, norm.channels) == (False, None, 8)
+        assert norm.eps == pytest.approx(1e-6)
+        want = program.get(f"{place}.weight").double() + (name == "gemma")
+        torch.testing.assert_close(norm.weight.value(program), want, rtol=1e-6, atol=1e-6)
 
 
 def test_layer_norm():
@@ -63,7 +69,7 @@ def test_layer_norm():
     assert norm.centred
     assert norm.eps == 1e-3
     assert norm.bias.source is None
-    assert torch.equal(norm.weight.value(program), program.get("weight").double())
+    assert torch.equal(norm.weight.value(program), program.get("0.weight").double())
 
 
 def test_a_norm_without_a_weight():
@@ -88,24 +94,25 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("other", OTHERS)
-def test_what_only_looks_like_one_is_not(other):
-    assert norms(captured(OTHERS[other])) == []
+def test_what_only_looks_like_one_is_not():
+    found = norms(captured(*OTHERS.values()))
+    assert found == [], [norm.describe() for norm in found]
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_an_rms_norm_in_its_place_divides_by_the_root_mean_square(spelling):
-    program = captured(SPELLINGS[spelling])
-    rms_norm(program, norms(program)[0])
+def test_an_rms_norm_in_its_place_divides_by_the_root_mean_square(program):
+    program = program.clone()
+    for norm in norms(program):
+        rms_norm(program, norm)
     program.refresh()
     x = torch.randn(2, 3, 8)
     want = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    torch.testing.assert_close(program.run([x])[0], want, rtol=1e-5, atol=1e-6)
-    assert norms(program)[0].eps == pytest.approx(1e-6)
+    for got in program.run([x]):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert all(norm.eps == pytest.approx(1e-6) for norm in norms(program))
 
 
 def test_casts_of_a_half_precision_model_are_inside():
-    program = captured(llama, torch.bfloat16)
+    program = captured(llama, dtype=torch.bfloat16)
     (norm,) = norms(program)
     assert norm.input is program.placeholders[0]
     assert norm.weight.value(program).dtype == torch.float64

@@ -34,8 +34,24 @@ DECODER = {
     "use_cache": False,
 }
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 50, "n_positions": 40, "use_cache": False}
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 50}
 IDS = {"input_ids": torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(0))}
+
+
+class Encoder(nn.Module):
+    """A pre-norm feed-forward encoder that returns what its last norm gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.norms = nn.ModuleList(nn.RMSNorm(16) for _ in range(3))
+        self.ups = nn.ModuleList(nn.Linear(16, 24) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(24, 16, bias=False) for _ in range(2))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for norm, up, down in zip(self.norms, self.ups, self.downs, strict=False):
+            x = x + down(F.silu(up(norm(x))))
+        return self.norms[-1](x)
 
 
 def rough(program, seed: int = 0):
@@ -65,8 +81,8 @@ def program(models, captured):
             model, example = models.Vit(pool="class").eval(), torch.randn(2, 16, 12)
         elif name == "GPT2":
             model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, bos_token_id=0, eos_token_id=0))
-        elif name == "T5Encoder":
-            model = transformers.T5EncoderModel(transformers.T5Config(**T5))
+        elif name == "Encoder":
+            model = Encoder()
         else:
             model = models.hugging_face(f"{name}ForCausalLM", **DECODER)
         program = pc.capture(model.eval(), example if name == "Vit" else IDS)
@@ -98,7 +114,7 @@ def observed(program) -> dict[str, Tensor]:
 # -- exactness -----------------------------------------------------------------------------------------------
 
 EXACT = [
-    *((name, {}) for name in ("ViTForImageClassification", "Vit", "Qwen2", "GPT2", "T5Encoder")),
+    *((name, {}) for name in ("ViTForImageClassification", "Vit", "Qwen2", "GPT2", "Encoder")),
     ("Llama", {"kind": "random", "online": True}),
     ("ViTForImageClassification", {"online": True, "heads": False}),
     ("BertModel", {"stream": False, "online": True}),
@@ -114,7 +130,7 @@ def test_the_function_stays_the_same(program, name, options):
         assert result.metrics["streams"] == 1
         assert sum(norm.centred for norm in norms(after)) == 0
     layers, heads = 3 if name.startswith("Vi") else 2, options.get("heads", True)
-    assert result.metrics["head projections"] == (layers if heads else 0)
+    assert result.metrics["head projections"] == (layers if heads and name != "Encoder" else 0)
     closing = layers if heads else 2 * layers  # with heads, the output projections are rotated already
     assert result.metrics["online"] == (closing if options.get("online") else 0)
     changed = [n for n, w in after.weights().items() if n in before.weights() and not torch.equal(w, before.get(n))]
@@ -182,12 +198,12 @@ def test_tied_weights_part_where_they_have_to(program, reference):
 
 
 def test_a_model_that_returns_its_last_norm_gets_the_stream_back(program):
-    before = program("T5Encoder")
+    before = program("Encoder")
     after, result = rotated(before, heads=False)
     assert result.warnings == [
         "one more matrix product: it is an output of the model (node output), so it is rotated back before"
     ]
-    assert after.get("rotations.back_32").shape == (32, 32)
+    assert after.get("rotations.back_16").shape == (16, 16)
     assert len(norms(after)) == len(norms(before))
 
 
@@ -217,17 +233,17 @@ def test_an_online_rotation_is_two_small_products(program):
     torch.testing.assert_close(inputs[1], inputs[0] @ kronecker, rtol=1e-4, atol=1e-4)
 
 
-def test_onnx_runtime_computes_the_same(models, tmp_path):
-    model = models.hugging_face("LlamaForCausalLM", **DECODER | {"num_hidden_layers": 1})
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+def test_onnx_runtime_computes_the_same(tmp_path):
+    model = Encoder().eval()
     compiled = pc.compile(model, ["rotate:online=true"], example_inputs=IDS)
     for shape in ((2, 7), (1, 3), (3, 11)):
         ids = torch.randint(0, 50, shape)
-        torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-4, atol=1e-4)
     compiled.export_onnx(tmp_path / "model.onnx")
-    operators = {node.domain for node in onnx.load(tmp_path / "model.onnx").graph.node}
-    assert operators == {""}
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    assert {node.domain for node in nodes} == {""}
+    # a layer has two linears and two products, and the last norm reads the stream rotated back
+    assert sum(node.op_type in ("MatMul", "Gemm") for node in nodes) == 2 * (2 + 2) + 1
 
 
 # -- outliers ------------------------------------------------------------------------------------------------
@@ -270,13 +286,12 @@ def test_the_outliers_do_not_change_the_function(program):
     assert distance(program("Llama"), outliers(program("Llama"), stream=20)) > 0.1
 
 
-@pytest.mark.parametrize("stream", [1.0, 20.0])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("seed", "stream"), [(0, 1.0), (1, 20.0), (2, 20.0)])
 def test_outliers_cost_less_after_a_rotation_or_smoothing(program, seed, stream):
     """Relative error of the logits. The margins are below what was measured at a width of 64 over three seeds: 7 to 13
     times less in W8A8, 2.3 to 3 times in W4A4 for both."""
     before = outliers(rough(program("Llama"), seed), stream=stream)
-    for scheme, gain in (("W8A8-dynamic,granularity=token", 3), ("W4A4,group_size=16", 1.5)):
+    for scheme, gain in (("W8A8-dynamic,granularity=token,fitter=rtn", 3), ("W4A4,group_size=16,fitter=rtn", 1.5)):
         recipes = [f"quantize:{scheme}", f"smooth|quantize:{scheme}", f"rotate|quantize:{scheme}"]
         plain, smoothed, turned = (relative_error(before, recipe) for recipe in recipes)
         assert smoothed * gain < plain, (scheme, plain, smoothed)
