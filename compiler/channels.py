@@ -33,7 +33,7 @@ Action = Literal["scale", "rotate"]
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _SAME = {
     *(aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.dropout.default),
-    *(aten.to.dtype, aten._to_copy.default, aten.neg.default, aten.lift_fresh_copy.default),
+    *(aten.to.dtype, aten._to_copy.default, aten.lift_fresh_copy.default),
 }
 #: operators that only put elements elsewhere
 _MOVES = {
@@ -148,6 +148,7 @@ class _Walk:
             **dict.fromkeys(_SAME, self._copy),
             **dict.fromkeys(_MOVES, self._move),
             **dict.fromkeys((*ADD, aten.sub.Tensor), self._add),
+            aten.neg.default: self._negate,
             **dict.fromkeys(_PRODUCTS, self._multiply),
             **dict.fromkeys(_HOMOGENEOUS, self._homogeneous),
             **dict.fromkeys((aten.mean.dim, aten.sum.dim_IntList), self._pool),
@@ -299,7 +300,14 @@ class _Walk:
             return None
         self._unify(a, b, node)
         total: Tensor = a.expand_as(torch.maximum(a, b))
+        self._shift(total, node)
         return total
+
+    def _negate(self, node: fx.Node) -> Any:
+        numbers = self._of(operands(node)[0])
+        if numbers is not None:
+            self._shift(numbers, node)
+        return numbers
 
     def _multiply(self, node: fx.Node) -> Tensor | None:
         """By a number or a value that has no channels; under a rotation it may not depend on the channel."""
@@ -441,7 +449,7 @@ class _Walk:
         numbers, indices = self._of(operands(node)[0]), operands(node)[1]
         if numbers is None:
             return None
-        if any(i is None for i in indices):
+        if any(i is None or i.meta["val"].dtype == torch.bool for i in indices):
             return self._unknown(node)
         row = self._level(numbers, range(len(indices)), node).flatten(0, len(indices) - 1)[0]
         return _with_rank(row, len(example_shape(node)))

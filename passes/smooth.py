@@ -96,8 +96,9 @@ class Smooth(SitePass):
         result.matched = [site.path for node, site in chosen.items() if node in matched]
         result.skipped = {site.path: reasons[node] for node, site in chosen.items() if node not in matched}
         if not axes:
+            found = [f"{path}: {reason}" for path, reason in list(result.skipped.items())[:3]]
             raise PassError(
-                f"no input can be scaled: {'; '.join(f'{p}: {r}' for p, r in list(result.skipped.items())[:3])}",
+                f"no input can be scaled: {'; '.join(found) or 'the model has no linear layer'}",
                 where="pass 'smooth'",
                 fix="widen targets=, or leave it out for this model",
             )

@@ -25,7 +25,6 @@ from torch.nn import functional as F
 aten = torch.ops.aten
 DECODER = {
     "hidden_size": 32,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 48,
@@ -33,7 +32,8 @@ DECODER = {
     "max_position_embeddings": 40,
     "use_cache": False,
 }
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 50, "n_positions": 40, "use_cache": False}
+GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 50, "n_positions": 40, "use_cache": False}
+LAYERS = {"Llama": 2, "Qwen2": 1, "GPT2": 1, "Vit": 3, "ViTForImageClassification": 3, "BertModel": 2, "Encoder": 2}
 IDS = {"input_ids": torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(0))}
 
 
@@ -84,7 +84,8 @@ def program(models, captured):
         elif name == "Encoder":
             model = Encoder()
         else:
-            model = models.hugging_face(f"{name}ForCausalLM", **DECODER)
+            layers = {"num_hidden_layers": LAYERS[name]}
+            model = models.hugging_face(f"{name}ForCausalLM", **DECODER | layers)
         program = pc.capture(model.eval(), example if name == "Vit" else IDS)
         canonicalize(program)
         return rough(program)
@@ -129,7 +130,7 @@ def test_the_function_stays_the_same(program, name, options):
     if options.get("stream", True):
         assert result.metrics["streams"] == 1
         assert sum(norm.centred for norm in norms(after)) == 0
-    layers, heads = 3 if name.startswith("Vi") else 2, options.get("heads", True)
+    layers, heads = LAYERS[name], options.get("heads", True)
     assert result.metrics["head projections"] == (layers if heads and name != "Encoder" else 0)
     closing = layers if heads else 2 * layers  # with heads, the output projections are rotated already
     assert result.metrics["online"] == (closing if options.get("online") else 0)
@@ -286,7 +287,7 @@ def test_the_outliers_do_not_change_the_function(program):
     assert distance(program("Llama"), outliers(program("Llama"), stream=20)) > 0.1
 
 
-@pytest.mark.parametrize(("seed", "stream"), [(0, 1.0), (1, 20.0), (2, 20.0)])
+@pytest.mark.parametrize(("seed", "stream"), [(0, 1.0), (1, 20.0)])
 def test_outliers_cost_less_after_a_rotation_or_smoothing(program, seed, stream):
     """Relative error of the logits. The margins are below what was measured at a width of 64 over three seeds: 7 to 13
     times less in W8A8, 2.3 to 3 times in W4A4 for both."""
@@ -350,6 +351,39 @@ def test_what_forbids_a_rotation_is_named(name, reference, refused):
     error = refused(PassError, sentence, lambda: reference(model, ["rotate"], torch.randint(0, 9, (2, 3))))
     assert error.what.startswith("the residual stream cannot be rotated: ")
     assert "test_rotate.py:" in error.where
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        lambda n: -n,
+        lambda n: n * 2,
+        lambda n: n.sum(1),
+        lambda n: n[:, 1:] - n[:, :-1],
+        lambda n: F.pad(n, (0, 0, 1, 0)),
+    ],
+    ids=["negated", "doubled", "summed", "differences", "padded"],
+)
+def test_the_bias_of_a_norm_on_its_way_to_a_layer(path, reference):
+    """Only where it stays what it is does it go into the layer; elsewhere the norm keeps it."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.middle, self.head = nn.Embedding(9, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+            self.first, self.last = nn.LayerNorm(16), nn.LayerNorm(16)
+            for each in (self.first, self.last):
+                nn.init.uniform_(each.weight, 0.5, 2)
+                nn.init.normal_(each.bias)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            x = x + self.middle(self.first(x))
+            return self.head(path(self.last(x)))
+
+    model, ids = Model().eval(), torch.randint(0, 9, (2, 4))
+    compiled = reference(model, ["rotate"], ids)
+    torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-4, atol=1e-5)
 
 
 def test_a_raw_reader_of_an_rms_stream_is_rotated(reference):

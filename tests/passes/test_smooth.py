@@ -284,6 +284,12 @@ def test_a_model_without_such_inputs(models, reference, refused):
     )
 
 
+def test_a_model_without_linears(reference, refused):
+    x = torch.randn(2, 3, 8, 8)
+    sentence = "no input can be scaled: the model has no linear layer"
+    refused(PassError, sentence, lambda: reference(nn.Conv2d(3, 4, 3), ["smooth"], x, calibration=[x]))
+
+
 def test_it_needs_calibration_data(reference, refused):
     sentence = "the pass 'smooth:0.5' needs calibration data"
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
