@@ -173,13 +173,19 @@ class Stream:
         self.place: fx.Node = program.placeholders[-1]
         self.values: list[dict[fx.Node, Any]] = [dict(zip(program.placeholders, b, strict=True)) for b in batches]
         self.derived: _Values = {}
+        self.nodes: dict[str, fx.Node] = {}
+
+    def _node(self, name: str) -> fx.Node:
+        """By name; the graph is only walked again for one that came after the last walk."""
+        if name not in self.nodes:
+            self.nodes = {n.name: n for n in self.program.graph.nodes}
+        return self.nodes[name]
 
     def advance(self, place: fx.Node, statistics: Sequence[Statistic] = ()) -> dict[Statistic, Any]:
         """Run every batch up to and with `place`, and gather. A statistic may look beyond it, at nodes that then
         run again. Raises PassError when one looks at a value that nothing later reads and that is gone."""
         reduction = Reduction(statistics, self.derived)
-        nodes = {n.name: n for n in self.program.graph.nodes}
-        watched = [nodes[name] for name in reduction.watched]
+        watched = [self._node(name) for name in reduction.watched]
         place, last = max(self.place, place), max([self.place, place, *watched])
         fixed = [n for n in watched if n <= self.place and _is_fixed(n)]
         constants: dict[fx.Node, Any] = {}

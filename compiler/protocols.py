@@ -1,4 +1,4 @@
-"""The two small protocols a plugin can implement besides passes and encodings: fitters and token rules."""
+"""The small protocols a plugin can implement besides passes and encodings: fitters and token rules."""
 
 from __future__ import annotations
 

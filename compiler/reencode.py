@@ -92,6 +92,11 @@ def refusal(program: Program, site: Site) -> str:
     other = next((user for user in site.weight.users if user.target != site.node.target), None)
     if other is not None:
         return f"its weight is also read by {other.target}"
+    return stored_already(program, site)
+
+
+def stored_already(program: Program, site: Site) -> str:
+    """Says so when the weight, or what an N:M pattern keeps of it, is no plain tensor any more."""
     current = program.encoding(site.weight)
     values = current.values if isinstance(current, NM) else current
     return "" if values is None or isinstance(values, Dense) else f"already stored as {current}"

@@ -50,6 +50,7 @@ class Sensitivity:
         when a site was not measured.
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_array
 
         sites = list(self.weights) if sites is None else list(sites)
         if unknown := [site for site in sites if site not in self.weights]:
@@ -73,7 +74,9 @@ class Sensitivity:
                 where="spending the budget",
                 fix="raise effective_bits, or offer smaller candidates",
             )
-        one_each = [[float(loss.site == site) for loss in losses] for site in sites]
+        row = {site: index for index, site in enumerate(sites)}
+        places = [row[loss.site] for loss in losses], range(len(losses))
+        one_each = csr_array(([1.0] * len(losses), places), shape=(len(sites), len(losses)))
         found = milp(
             [loss.error for loss in losses],
             integrality=[1] * len(losses),

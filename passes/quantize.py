@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, fx
 
 from ..compiler.calibrate import FlatBatch
-from ..compiler.encodings import NM, Affine, Dense, Encoding, Float, parse_encoding
+from ..compiler.encodings import Affine, Encoding, Float, parse_encoding
 from ..compiler.errors import OptionError, ParetocError, did_you_mean
 from ..compiler.passes import Context, PassResult, Phase
 from ..compiler.program import Program
 from ..compiler.protocols import Fitter, refusal
-from ..compiler.reencode import EncodePass, inside
+from ..compiler.reencode import EncodePass, inside, stored_already
 from ..compiler.registry import registry
 from ..compiler.sensitivity import Sensitivity, Undo, back_off, give_back, measure_losses, relative_error, split
 from ..compiler.sites import EMBEDDING, Site
@@ -184,7 +184,8 @@ class Quantize(EncodePass):
     def apply(self, program: Program, ctx: Context) -> PassResult:
         result = PassResult()
         chosen = self.distinct(program, result)
-        original, undo = program.clone(), self._undo(program, set(result.matched))
+        before = None if self.sequential and self.max_drop is None else program.clone()
+        undo = self._undo(program, set(result.matched))
         fitted, held = (ctx.batches, ctx.batches) if self.max_drop is None or ctx.metric else split(ctx.batches)
         ctx = replace(ctx, batches=fitted)
         tables = [s for s in chosen if any(user.target in EMBEDDING for user in s.weight.users)]
@@ -193,13 +194,12 @@ class Quantize(EncodePass):
         jobs = [(s, self._checked(program, s, wanted[s.path], fitter)) for s in chosen if s not in tables]
         rows = [(s, self._checked(program, s, _EMBEDDING, of_tables)) for s in tables]
         matched = set(result.matched)
-        before = None if self.sequential else program.clone()
         self._quantize_inputs(program, [s for s in self.sites(program) if s.path in matched], ctx)
         if rows:  # first: in sequence, what reads them is fitted to what they have become
             self.store(program, rows, ctx, of_tables)
-        result.warnings += self.store(program, jobs, ctx, fitter, before, self.checkpoint)
-        if self.max_drop is not None:
-            self._back_off(original, program, undo, ctx, held, result)
+        result.warnings += self.store(program, jobs, ctx, fitter, None if self.sequential else before, self.checkpoint)
+        if before is not None and self.max_drop is not None:
+            self._back_off(before, program, undo, ctx, held, result)
         return result
 
     def _allocated(
@@ -254,10 +254,8 @@ class Quantize(EncodePass):
         result.metrics["drop"] = drop(program)
 
     def refuse(self, program: Program, site: Site) -> str:
-        current = program.encoding(site.weight)
-        values = current.values if isinstance(current, NM) else current
-        if values is not None and not isinstance(values, Dense):
-            return f"already stored as {current}"
+        if reason := stored_already(program, site):
+            return reason
         table = any(user.target in EMBEDDING for user in site.weight.users)
         if site.kind != "embedding" and table and not self.embeddings:
             return "its weight is also an embedding table; use embeddings=true to quantise it"
