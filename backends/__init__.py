@@ -1,4 +1,4 @@
-"""Where a program runs: eager PyTorch (the reference), portable ONNX, ONNX Runtime."""
+"""Where a program runs: eager PyTorch (the reference), portable ONNX, ONNX Runtime, Triton kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from ..compiler.backend import Backend
 from ..compiler.hookspecs import hook
 from .eager import Eager
 from .onnxruntime import Onnx, OnnxRuntime
+from .triton import Triton
 
-__all__ = ["Eager", "Onnx", "OnnxRuntime"]
+__all__ = ["Eager", "Onnx", "OnnxRuntime", "Triton"]
 
 
 @hook
 def paretoc_backends() -> list[Backend]:
-    return [Eager(), Onnx(), OnnxRuntime()]
+    return [Eager(), Onnx(), OnnxRuntime(), Triton()]

@@ -6,8 +6,10 @@ import argparse
 import csv
 import importlib.util
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,20 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data", help="folder with the measuring data")
     parser.add_argument("--threads", type=int, default=2)
     return parser
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], runs: int) -> dict[str, tuple[float, float]]:
+    """Name → (median, minimum) in milliseconds, of calls that take turns."""
+    for call in calls.values():
+        call()
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(runs):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: (median(t), min(t)) for name, t in times.items()}
 
 
 def minilm() -> tuple[Any, Any]:
@@ -99,6 +115,44 @@ class ResnetBlock(torch.nn.Module):
         if self.stride != 1:
             x = torch.nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra, self.extra))
         return torch.relu(y + x)
+
+
+class Resnet50(torch.nn.Module):
+    """ResNet-50 of He et al. 2016, stride on the 3 × 3 convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Sequential(*convolution(3, 64, 7, 2), torch.nn.ReLU(), torch.nn.MaxPool2d(3, 2, 1))
+        blocks, width_in = [], 64
+        for width, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+            for index in range(count):
+                blocks.append(Bottleneck(width_in, width, stride if index == 0 else 1))
+                width_in = 4 * width
+        self.blocks = torch.nn.Sequential(*blocks)
+        self.head = torch.nn.Linear(2048, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Bottleneck(torch.nn.Module):
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        relu, width_out = torch.nn.ReLU(), 4 * width
+        self.body = torch.nn.Sequential(
+            *convolution(width_in, width, 1, 1), relu, *convolution(width, width, 3, stride), relu,
+            *convolution(width, width_out, 1, 1),
+        )  # fmt: skip
+        straight = stride == 1 and width_in == width_out
+        self.shortcut = torch.nn.Sequential(*([] if straight else convolution(width_in, width_out, 1, stride)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def convolution(width_in: int, width: int, kernel: int, stride: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    conv = torch.nn.Conv2d(width_in, width, kernel, stride, kernel // 2, bias=False)
+    return conv, torch.nn.BatchNorm2d(width)
 
 
 def cifar(folder: Path, split: str) -> tuple[Tensor, Tensor]:

@@ -21,11 +21,27 @@ MINILM = {
     "W8A8-dynamic": ["quantize:W8A8-dynamic,embeddings=true"],
     "W8A8-dynamic per token": ["quantize:W8A8-dynamic,granularity=token,embeddings=true"],
     "W8A8 static": ["quantize:W8A8,embeddings=true"],
+    **{
+        f"W8A8 static, range {name}": [f"quantize:W8A8,embeddings=true,range={name}"]
+        for name in ("minmax", "percentile", "entropy")
+    },
+    "W8A8 static, attention too": ["quantize:W8A8,embeddings=true,attention=true"],
+    **{f"keys and values {code}": [f"quantize_cache:{code}"] for code in ("int8", "e4m3", "int4")},
     "W8A16": ["quantize:W8A16"],
     "W4A16 group 32": ["quantize:W4A16,group_size=32,fitter=mse"],
     "W4A16 group 32, int8 embeddings": ["quantize:W4A16,group_size=32,fitter=mse,embeddings=true"],
     "2:4 magnitude": ["prune_nm:2:4"],
     "2:4 + W4A16": ["prune_nm:2:4", "quantize:W4A16,embeddings=true"],
+}
+
+RESNET = {
+    "W8A8, rounded": ["quantize:W8A8,fitter=rtn"],
+    "W8A8": ["quantize:W8A8"],
+    "W8A8, range minmax": ["quantize:W8A8,range=minmax"],
+    "W8A8-dynamic": ["quantize:W8A8-dynamic"],
+    "W4A8": ["quantize:W4A8"],
+    "W4A8, gptq, bias and deviation": ["quantize:W4A8,fitter=gptq", "correct_bias:deviation=true"],
+    "W4A8, adaround, bias": ["quantize:W4A8,fitter=adaround", "correct_bias"],
 }
 
 
@@ -67,13 +83,13 @@ def run_resnet(folder: Path) -> None:
         with torch.no_grad():
             right = torch.cat([model(x).argmax(-1) for x in images.split(256)]) == labels
         print(f"ResNet-{depth} fp32 top-1 {right.float().mean():.4f}")
-        for text in ("quantize:W8A8,fitter=rtn", "quantize:W8A8", "quantize:W8A8-dynamic"):
-            compiled = pc.compile(model, [text], example_inputs=calibration[0], calibration=calibration)
+        for text, passes in RESNET.items():
+            compiled = pc.compile(model, passes, example_inputs=calibration[0], calibration=calibration)
             got = torch.cat([compiled(x).argmax(-1) for x in images.split(256)]) == labels
             change = got.float() - right.float()
             error = change.std() / len(change) ** 0.5
-            paired = f"{change.mean() * 100:+.2f} ± {error * 100:.2f} points"
-            print(f"  {text:28s} top-1 {got.float().mean():.4f}  paired change {paired}")
+            paired = f"{change.mean() * 100:+.2f} ± {1.96 * error * 100:.2f} points"
+            print(f"  {text:34s} top-1 {got.float().mean():.4f}  paired change {paired} (95 %)", flush=True)
 
 
 def run_stories(folder: Path) -> None:

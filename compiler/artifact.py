@@ -13,14 +13,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.utils._pytree as pytree
 
 from .backend import Executable, Explanation
+from .causal import Cache
 from .errors import ArtifactError
+from .generate import Generator
 from .program import Interface, Output, Program
 from .registry import registry
 from .report import Report
@@ -31,7 +33,7 @@ _CONTAINERS: dict[str, Any] = {"tuple": tuple, "list": list, "dict": dict}
 
 
 @dataclass
-class LoadedModel:
+class LoadedModel(Generator):
     """A model read from an artifact: called like the original, no class or calibration data needed."""
 
     manifest: dict[str, Any]
@@ -41,6 +43,9 @@ class LoadedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.interface.unflatten(self.executable.run(self.interface.flatten(args, kwargs)))
+
+    def _runs(self) -> tuple[Interface, Executable]:
+        return self.interface, self.executable
 
     def explain(self) -> Explanation:
         return Explanation(self.manifest["target"], self.executable.explain())
@@ -189,6 +194,7 @@ def _dump_interface(interface: Interface) -> dict[str, Any]:
         "out": _dump_tree(interface.out_spec),
         "results": [[kind, _plain(value)] for kind, value in interface.results],
         "defaults": [[name, _plain(value)] for name, value in interface.defaults],
+        "cache": asdict(interface.cache) if interface.cache else None,
     }
 
 
@@ -246,7 +252,13 @@ def _load_interface(data: dict[str, Any]) -> Interface:
         pytree.tree_structure(_load_tree(data["out"])),
         tuple((kind, value) for kind, value in data["results"]),
         tuple((name, value) for name, value in data["defaults"]),
+        _load_cache(data["cache"]) if data.get("cache") else None,
     )
+
+
+def _load_cache(data: dict[str, Any]) -> Cache:
+    shapes = tuple((int(heads), int(width)) for heads, width in data["shapes"])
+    return Cache(int(data["context"]), str(data["dtype"]), shapes, tuple(data["eos"]))
 
 
 pytree.register_pytree_node(

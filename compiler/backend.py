@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from .causal import Cache
 from .program import Program
 
 if TYPE_CHECKING:
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One site in `explain()`: its encoding, the kernel that runs it, whether that is a fast one, and why not."""
+    """One site in `explain()`: its encoding, the kernel that runs it, whether that is a fast one, and why not.
+
+    `milliseconds` of the example call are measured; `predicted` is the speed the choice of kernel counted on, in
+    multiples of fp32; `roofline` the least time the machine could need for it, as a share of what it took.
+    """
 
     site: str
     encoding: str
@@ -25,6 +30,8 @@ class Row:
     accelerated: bool
     milliseconds: float | None = None
     note: str = ""
+    predicted: float | None = None
+    roofline: float | None = None
 
 
 @runtime_checkable
@@ -47,6 +54,21 @@ class Executable(Protocol):
         """Write one self-contained ONNX file."""
 
 
+class Decoder(Protocol):
+    """A text being written: it remembers the keys and values of the tokens it was given."""
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """The next tokens `[B, T]`, the mask `[B, past + T]` and positions `[B, T]` → logits `[B, T, V]`."""
+
+
+@runtime_checkable
+class CachingExecutable(Executable, Protocol):
+    """An executable that can keep the key-value cache itself, without passing it in and out."""
+
+    def decoder(self, cache: Cache, batch: int, tokens: int) -> Decoder:
+        """Ready for `batch` texts of at most `tokens` tokens."""
+
+
 @runtime_checkable
 class Backend(Protocol):
     """A `target=`."""
@@ -58,6 +80,22 @@ class Backend(Protocol):
 
     def load(self, directory: Path, settings: Mapping[str, Any]) -> Executable:
         """What `Executable.save` wrote → an executable. Must not execute anything from the directory."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Kernel → shape → multiples of fp32, and the file that keeps them."""
+
+    speeds: dict[str, dict[str, float]]
+    kept: Path
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """A backend that chooses kernels by speeds it can measure."""
+
+    def calibrate(self) -> Calibration:
+        """Measure this machine and keep the result for later compilations."""
 
 
 @dataclass(frozen=True)

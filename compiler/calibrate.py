@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,6 +207,13 @@ class Stream:
         if asked:
             self.advance(place, [_Derivation(place.name, derived) for derived in asked])
 
+    def replay(self, batch: int, last: fx.Node, given: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Any]:
+        """Evaluate a batch behind the place up to `last`, with gradients, where some weights are `given`. Returns the
+        values that the rest of the graph reads; the batch stays where it is."""
+        values = dict(self.values[batch])
+        self._run(values, self.place, last, Reduction(()), dict(given))
+        return values
+
     def _run(
         self,
         values: dict[fx.Node, Any],
@@ -269,6 +276,17 @@ def _check_complete(reduction: Reduction, place: fx.Node) -> None:
             where=describe(place),
             fix="ask for it at that node, or before",
         )
+
+
+def steps(program: Program, batch: FlatBatch) -> Iterator[tuple[fx.Node, Any]]:
+    """Every node with its value, as the graph runs: the next one runs when it is asked for."""
+    runner = Observer(program.module, lambda *_: None)
+    runner.args_iter = iter(batch)
+    for node in program.graph.nodes:
+        runner.env[node] = runner.run_node(node)
+        yield node, runner.env[node]
+        for read in runner.user_to_last_uses.get(node, ()):
+            del runner.env[read]
 
 
 class Observer(fx.Interpreter):

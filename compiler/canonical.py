@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .masks import simplify_masks
 from .program import Program, operands, shape_of
-from .sites import ADD, BATCH_NORM, CONV, SDPA
+from .sites import BATCH_NORM, CONV
 
 aten = torch.ops.aten
 
@@ -38,8 +39,6 @@ _COPIES = (
     aten.expand.default,
     aten._unsafe_view.default,
 )
-#: operators whose result holds only elements of their first argument
-_SELECTIONS = (aten.expand.default, aten.clone.default, aten.alias.default, aten.slice.Tensor, aten.unsqueeze.default)
 #: a folded constant larger than this many elements would cost more in the file than the operator at run time
 _FOLD_LIMIT = 1 << 16
 
@@ -53,7 +52,7 @@ def canonicalize(program: Program) -> dict[str, int]:
         "matrix_products": products_to_linear(program),
         "batch_norms": fold_batch_norms(program),
         "constants": fold_constants(program),
-        "masks": _remove_open_masks(program),
+        "masks": simplify_masks(program),
     }
     program.refresh()
     return {name: count for name, count in counts.items() if count}
@@ -98,41 +97,6 @@ def _views_to_reshapes(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
-
-
-def _remove_open_masks(program: Program) -> int:
-    """Drop boolean masks that are true everywhere and additive ones that are zero everywhere."""
-
-    def match(node: fx.Node) -> fx.Node | None:
-        if node.target not in ADD or _uniform(program, operands(node)[1]) != 0:
-            return None
-        source = operands(node)[0]
-        same = isinstance(source, fx.Node) and [*map(str, shape_of(source))] == [*map(str, shape_of(node))]
-        return source if same and source.meta["val"].dtype == node.meta["val"].dtype else None
-
-    count = _remove(program.graph, match)
-    for node in program.calls(*SDPA):
-        mask = operands(node)[3] if len(operands(node)) > 3 else node.kwargs.get("attn_mask")
-        if isinstance(mask, fx.Node) and _uniform(program, mask) == (mask.meta["val"].dtype == torch.bool):
-            node.args = (*operands(node)[:3], None, *operands(node)[4:])
-            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}
-            count += 1
-    return count
-
-
-def _uniform(program: Program, value: Any) -> Any:
-    """The number that every element of a constant operand equals, or None."""
-    if not isinstance(value, fx.Node):
-        return value if isinstance(value, (bool, int, float)) else None
-    if value.target in _SELECTIONS:
-        return _uniform(program, operands(value)[0])
-    if str(value.target).startswith("aten.where.") and (condition := _uniform(program, operands(value)[0])) is not None:
-        return _uniform(program, operands(value)[1 if condition else 2])
-    tensor = _value(program, value)
-    if tensor is None or isinstance(program.get(str(value.target)), torch.nn.Parameter) or tensor.numel() == 0:
-        return None
-    first = tensor.reshape(-1)[0]
-    return first.item() if bool((tensor == first).all()) else None
 
 
 def products_to_linear(program: Program) -> int:

@@ -17,7 +17,8 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.graph import CodeGen
 
 from . import dialect  # noqa: F401  # registers the paretoc:: operators that a captured graph may hold
-from .errors import CaptureError
+from .causal import CausalLM
+from .errors import CaptureError, OptionError
 from .program import Arguments, Interface, Program, describe, forward_defaults, forward_parameters, hint, operands
 from .quiet import quiet
 from .sites import SDPA
@@ -32,11 +33,17 @@ def capture(model: Model, example_inputs: Any = None, dynamic_shapes: Any = None
     """Capture a model for the given example call.
 
     `example_inputs`: a tensor, a tuple (positional), a dict (keywords) or `(args, kwargs)`; None only for an
-    ExportedProgram that carries its own. `dynamic_shapes` in the form of `torch.export.export` overrides the default,
-    which leaves open the first axis of every input that shares the batch size, and the second axis of integer and of
-    three-dimensional inputs. Raises CaptureError with the line of the model that stopped it.
+    ExportedProgram that carries its own and for a CausalLM. `dynamic_shapes` in the form of `torch.export.export`
+    overrides the default, which leaves open the first axis of every input that shares the batch size, and the second
+    axis of integer and of three-dimensional inputs. Raises CaptureError with the line of the model that stopped it.
     """
     if isinstance(model, ExportedProgram):
+        if dynamic_shapes is not None:
+            raise OptionError(
+                "dynamic_shapes cannot open an axis that an ExportedProgram has fixed already",
+                where="dynamic_shapes=",
+                fix="pass dynamic_shapes to torch.export.export, and leave it out here",
+            )
         arguments = model.example_inputs if example_inputs is None else as_call(example_inputs)
         if arguments is None:
             raise CaptureError(
@@ -57,15 +64,22 @@ def capture(model: Model, example_inputs: Any = None, dynamic_shapes: Any = None
             fix="pass an nn.Module, a torch.export.ExportedProgram or a torch.fx.GraphModule",
         )
     _check_model(model)
-    args, kwargs = _distinct(as_call(example_inputs))
+    causal = model if isinstance(model, CausalLM) else None
+    args, kwargs = as_call(causal.example_inputs if causal and example_inputs is None else example_inputs)
+    given = _batch_size(pytree.tree_leaves((args, kwargs)))
+    if causal:
+        args, kwargs = _widen_batch((), causal.example(args, kwargs))
+        dynamic_shapes = causal.dynamic_shapes() if dynamic_shapes is None else dynamic_shapes
+    args, kwargs = _distinct((args, kwargs))
     notes: list[str] = []
     _disable_cache(model, args, kwargs, notes)
     with _named_keywords(model, kwargs):
         exported, call = _export(model, (args, kwargs), dynamic_shapes, notes)
         program = _program(exported, call, _parameters(model, args), notes)
     _note_frozen_batch(program, "the model depends on it")
-    program.interface = replace(program.interface, defaults=forward_defaults(model))
-    given, traced = _batch_size(pytree.tree_leaves((args, kwargs))), _batch_size(pytree.tree_leaves(call))
+    cache = causal.cache if causal else None
+    program.interface = replace(program.interface, defaults=forward_defaults(model), cache=cache)
+    traced = _batch_size(pytree.tree_leaves(call))
     program.repeats = traced // given if given and traced else 1
     return program
 
@@ -88,13 +102,13 @@ def as_call(example: Any) -> Arguments:
 
 
 def _distinct(call: Arguments) -> Arguments:
-    """A tensor that is passed twice would become one input: copy it."""
+    """A tensor that is passed twice would become one input, and of a view the base would be guarded: copy them."""
     seen: set[int] = set()
 
     def fresh(leaf: Any) -> Any:
-        repeated = isinstance(leaf, Tensor) and id(leaf) in seen
+        shared = isinstance(leaf, Tensor) and (id(leaf) in seen or leaf._is_view())
         seen.add(id(leaf))
-        return leaf.clone() if repeated else leaf
+        return leaf.clone() if shared else leaf
 
     return pytree.tree_map(fresh, call)  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""The command line: `paretoc compile | explain | bench | plugins`. Heavy libraries load when a verb runs."""
+"""The command line: `paretoc compile | explain | bench | axes | plugins`. Heavy libraries load when a verb runs."""
 
 from __future__ import annotations
 
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _compile_verb(verbs)
     _explain_verb(verbs)
     _bench_verb(verbs)
+    _axes_verb(verbs)
     _verb(verbs, "plugins", _plugins, "list the installed plugins and what they offer")
     return parser
 
@@ -98,13 +99,26 @@ def _explain_verb(verbs: Any) -> None:
 
 def _bench_verb(verbs: Any) -> None:
     parser = _verb(verbs, "bench", _bench, "measure latency, compiled against uncompressed and PyTorch, interleaved")
-    _model_arguments(parser, f"{_MODEL_HELP}, or a saved artifact")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="measure the target's kernels here and keep that for later choices"
+    )
+    _model_arguments(parser, f"{_MODEL_HELP}, or a saved artifact", optional=True)
     parser.add_argument("--runs", type=_positive, default=20, help="timed calls of each contender (20)")
     parser.add_argument("--threads", type=_positive, help="threads of PyTorch and of the backend")
 
 
-def _model_arguments(parser: argparse.ArgumentParser, text: str, *, required: bool = False) -> None:
-    parser.add_argument("model", metavar="MODEL", help=text)
+def _axes_verb(verbs: Any) -> None:
+    parser = _verb(verbs, "axes", _axes, "list the axes of a model and what may be done to each; draw one")
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument("--example", metavar="FILE", type=Path, help=f"example inputs: {_ARRAYS_HELP}")
+    parser.add_argument("--svg", metavar="FILE", type=Path, help="draw one axis on its way through the model")
+    parser.add_argument("--axis", metavar="N", type=int, help="its number in the table (the one in most parameters)")
+
+
+def _model_arguments(
+    parser: argparse.ArgumentParser, text: str, *, required: bool = False, optional: bool = False
+) -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=text)
     parser.add_argument(
         "--passes",
         metavar="PASS",
@@ -162,6 +176,11 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.calibrate:
+        _calibrate(arguments.target or _TARGET)
+        return
+    if arguments.model is None:
+        raise OptionError("bench was given no model", where="the command line", fix="name one, or use --calibrate")
     artifact = _artifact(arguments)
     calls, inputs = _artifact_call(artifact, arguments) if artifact else _contenders(_compiled(arguments))
     times = measure(calls, runs=arguments.runs, budget_s=float("inf"))
@@ -173,6 +192,47 @@ def _bench(arguments: argparse.Namespace) -> None:
     _show(table)
     print(f"runs: {arguments.runs}, interleaved; threads: {torch.get_num_threads()}; on {_processor()}")
     print(f"inputs: {shapes(inputs)}")
+
+
+def _calibrate(target: str) -> None:
+    from .backend import Calibrated
+    from .registry import registry
+
+    backend = registry().backend(target)
+    if not isinstance(backend, Calibrated):
+        raise OptionError(
+            f"target {target} has nothing to calibrate", where="bench --calibrate", fix="use --target onnxruntime"
+        )
+    measured = backend.calibrate()
+    first = next(iter(measured.speeds.values()))
+    table = _table("kernel", *(f"× fp32, {shape}" for shape in first))
+    for kernel, speeds in measured.speeds.items():
+        table.add_row(kernel, *(f"{speed:.3g}" for speed in speeds.values()))
+    _show(table)
+    print(f"kept in {measured.kept}; compilations on this machine choose by it")
+
+
+def _axes(arguments: argparse.Namespace) -> None:
+    from .axes import find_axes
+    from .axis_drawing import picture, pictured, rows
+    from .canonical import canonicalize
+    from .capture import capture
+
+    source = read_source(arguments.model)
+    given = as_inputs(read_arrays(arguments.example)) if arguments.example else None
+    example = _example(source, arguments.model, has_data=False) if given is None else given
+    program = capture(source.model, example)
+    canonicalize(program)
+    axes = find_axes(program)
+    chosen = pictured(axes, arguments.axis) if arguments.svg else None
+    table = _table("axis", "size", "parameters × dimension", "free for", "forbidden by")
+    for row in rows(axes):
+        table.add_row(*row)
+    _show(table)
+    print(f"{100 * axes.coverage():.1f} % of the weights lie on an axis that may be permuted")
+    if chosen is not None:
+        arguments.svg.write_text(picture(axes, chosen), encoding="utf-8")
+        print(f"drawn in {arguments.svg}: {chosen}")
 
 
 def _plugins(arguments: argparse.Namespace) -> None:

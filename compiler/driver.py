@@ -19,8 +19,9 @@ from .calibrate import FlatBatch, gather, read_batches
 from .capture import Model, as_call, capture
 from .cost import Cost, cost
 from .errors import CalibrationError, OptionError, ParetocError, PassError, PluginError
+from .generate import Generator
 from .passes import Context, Pass, PassResult, Phase
-from .program import Program
+from .program import Interface, Program
 from .recipe import PassLike, parse_passes
 from .registry import registry
 from .report import Report, build_report
@@ -71,7 +72,7 @@ class Compilation:
 
 
 @dataclass
-class CompiledModel:
+class CompiledModel(Generator):
     """A drop-in replacement for the model it was compiled from: same call, same output containers.
 
     Without example inputs the capture, and so every error about the model, waits for the first call.
@@ -87,6 +88,9 @@ class CompiledModel:
         done = self._compiled((args, kwargs))
         inputs = done.program.interface.flatten(args, kwargs)
         return done.program.interface.unflatten(done.executable.run(inputs))
+
+    def _runs(self) -> tuple[Interface, Executable]:
+        return self.program.interface, self._compiled().executable
 
     def _compiled(self, call: tuple[Any, Any] | None = None) -> Compilation:
         if self._done is None:
@@ -182,7 +186,7 @@ def compile(
         example_inputs = _first_batch(model, calibration)
     options = Options(example_inputs, dynamic_shapes, calibration, target, metric, seed, verify, progress, executor)
     compiled = CompiledModel(model, chosen, options)
-    if example_inputs is not None or isinstance(model, torch.export.ExportedProgram):
+    if example_inputs is not None or hasattr(model, "example_inputs"):
         compiled._compiled()
     return compiled
 

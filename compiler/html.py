@@ -11,9 +11,12 @@ from typing import Any
 from .errors import ArtifactError
 from .markup import Markup, amount, contenders, join, percent, tag
 from .plots import plots
-from .report import Report, quantity
+from .report import Report, quantity, stored_bits
+from .sensitivity import Sensitivity
 from .verify import Fidelity
 
+#: how many sites are listed by their sensitivity
+_SENSITIVE_SITES = 20
 #: nothing may be fetched or run, whatever a name in the report says
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -46,7 +49,7 @@ def page(report: Report) -> str:
         tag("title", title),
         tag("style", Markup(_STYLE)),
     )
-    sections = (_cards, plots, _fidelity, _latency, _passes, _notes)
+    sections = (_cards, plots, _fidelity, _latency, _passes, _sensitivities, _notes)
     main = tag("main", tag("h1", title), _chain(report), *(section(report) for section in sections))
     return f"<!doctype html>\n{tag('html', head, tag('body', main), lang='en')}\n"
 
@@ -191,6 +194,25 @@ def _folded(summary: str, items: Iterable[Markup]) -> Markup:
     return tag("details", tag("summary", summary), tag("ul", *items))
 
 
+def _sensitivities(report: Report) -> Markup:
+    return join(map(_sensitivity, report.sensitivities()))
+
+
+def _sensitivity(measured: Sensitivity) -> Markup:
+    """The most sensitive sites, a column a candidate, and what the candidates are."""
+    bits, rows = measured.bits(), measured.table()
+    text = (
+        f"Relative error of the outputs with one weight encoded and the others as they are, {measured.data}: "
+        f"the most sensitive of {_count(rows)}."
+    )
+    cells = ((site, *(percent(errors[e]) if e in errors else "" for e in bits)) for site, errors in rows.items())
+    names = _folded(
+        "what is stored", (tag("li", f"{stored_bits(b)} a weight: ", tag("code", e)) for e, b in bits.items())
+    )
+    table = _table(("site", *map(stored_bits, bits.values())), list(cells)[:_SENSITIVE_SITES])
+    return _section("Sensitivity", tag("p", text), table, names)
+
+
 def _notes(report: Report) -> Markup:
     if not report.notes:
         return Markup()
@@ -231,7 +253,10 @@ svg line { stroke: var(--line); }
 rect.was { fill: var(--was); }
 rect.now { fill: var(--now); }
 rect.error, circle.error { fill: var(--error); }
-polyline.error { fill: none; stroke: var(--error); stroke-width: 1.5; }
+circle.now { fill: var(--now); }
+polyline { fill: none; stroke-width: 1.5; }
+polyline.error { stroke: var(--error); }
+polyline.now { stroke: var(--now); }
 .scroll { overflow-x: auto; margin-top: .5rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .9rem; text-align: right; vertical-align: top; white-space: nowrap; }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -71,8 +71,11 @@ class Context:
 
     def map(self, function: Callable[[T], R], items: Sequence[T], label: str) -> list[R]:
         """Apply to every item, on the executor when there is one, with progress; results in order."""
-        results = map(function, items) if self.executor is None else self.executor.map(function, items)
-        return list(self.track(results, label))
+        return list(self.track(self.start(function, items), label))
+
+    def start(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        """The same, without waiting: results come in order, when they are asked for."""
+        return map(function, items) if self.executor is None else self.executor.map(function, items)
 
     def statistic(self, statistic: Statistic) -> Any:
         try:

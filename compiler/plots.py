@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import isfinite
+from math import ceil, floor, isfinite, log10
+from textwrap import wrap
 from typing import NamedTuple
 
 from .markup import Markup, amount, contenders, join, percent, tag
-from .report import Report, quantity
+from .report import Report, quantity, stored_bits
+from .sensitivity import Sensitivity
 
 #: the width of every plot in its own units, about the pixels of a phone; wider screens set two abreast
 _WIDTH = 420
 #: more sites than this are drawn as a profile, and only the worst of them by name
 _NAMED_SITES = 8
+#: letters in a line of the text of a pass, and lines
+_PASS_WIDTH, _PASS_LINES = 32, 3
 
 
 class Bar(NamedTuple):
@@ -30,6 +34,7 @@ def plots(report: Report) -> Markup:
         figures += _site_errors(report.fidelity.sites)
     if report.compiled.tokens and report.compiled.tokens != report.original.tokens:
         figures.append(_tokens(report.original.tokens, report.compiled.tokens))
+    figures += map(_sensitivity, report.sensitivities())
     return tag("section", *figures, class_="plots")
 
 
@@ -71,26 +76,40 @@ def _steps(report: Report) -> Markup:
     sizes = [report.original.bytes, *(entry["size_bytes"] for entry in report.passes)]
     errors = [entry["relative_error"] for entry in report.passes]
     worst = _largest(error for error in errors if error is not None)
-    shapes, points = [], []
+    shapes, points, y = [], [], 0.0
     for index, entry in enumerate(report.passes):
-        y = 58.0 * index
-        shapes.append(_text(0, y + 12, _shorten(entry["text"], 54), "strong"))
+        for line in _lines(entry["text"]):
+            shapes.append(_text(0, y + 12, line, "strong"))
+            y += 16
         for size, style in ((sizes[index], "was"), (sizes[index + 1], "now")):
             length = _share(size, max(sizes)) * 180
-            shapes.append(_rect(0, y + 19, length, 14, style, quantity(size, "B")))
-        shapes.append(_text(0, y + 46, quantity(sizes[index + 1], "B")))
+            shapes.append(_rect(0, y + 3, length, 14, style, quantity(size, "B")))
+        shapes.append(_text(0, y + 30, quantity(sizes[index + 1], "B")))
         if errors[index] is not None:
-            points.append((230 + _share(errors[index], worst) * 120, y + 26, percent(errors[index])))
-    caption = "Size and relative error after each pass"
-    return _plot(caption, 58.0 * len(report.passes), [*shapes, _line(points)])
+            points.append((230 + _share(errors[index], worst) * 120, y + 10, percent(errors[index])))
+        y += 42
+    return _plot("Size and relative error after each pass", y, [*shapes, _line(points)])
+
+
+def _lines(text: str) -> list[str]:
+    """The text of a pass in lines that end left of the errors, broken between options where it can be."""
+    lines = wrap(text.replace(",", ", "), _PASS_WIDTH, break_on_hyphens=False) or [""]
+    return [*lines[: _PASS_LINES - 1], lines[_PASS_LINES - 1] + " …"] if len(lines) > _PASS_LINES else lines
 
 
 def _line(points: Sequence[tuple[float, float, str]]) -> Markup:
     """Points joined by a line, their values in a column at the right."""
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in points)
-    marks = [tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=4, class_="error") for x, y, _ in points]
+    marks = [_circle(x, y, "error", label) for x, y, label in points]
     labels = [_text(_WIDTH, y + 4, label, "end") for _, y, label in points]
-    return join([tag("polyline", points=path, class_="error"), *marks, *labels])
+    return join([_path([(x, y) for x, y, _ in points], "error"), *marks, *labels])
+
+
+def _path(points: Sequence[tuple[float, float]], style: str) -> Markup:
+    return tag("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), class_=style)
+
+
+def _circle(x: float, y: float, style: str, tip: str, radius: float = 4) -> Markup:
+    return tag("circle", tag("title", tip), cx=f"{x:.1f}", cy=f"{y:.1f}", r=radius, class_=style)
 
 
 def _site_errors(sites: dict[str, float]) -> list[Markup]:
@@ -119,6 +138,35 @@ def _named_sites(caption: str, sites: Sequence[tuple[str, float]]) -> Markup:
 def _tokens(was: Sequence[int], now: Sequence[int]) -> Markup:
     bars = [Bar(n, str(n), tip=f"layer {layer}: {n} tokens") for layer, n in enumerate(now, 1)]
     return _columns("Tokens in each attention layer, original and compiled", bars, was, "{:g}".format)
+
+
+def _sensitivity(measured: Sensitivity) -> Markup:
+    """Sites in the order of the graph, one line a candidate, darkest that of the fewest bits; errors on a log scale."""
+    left, top, height = 62, 30, 180
+    errors = {(loss.site, loss.encoding): loss.error**0.5 for loss in measured.losses}
+    powers = [log10(error) for error in errors.values() if error and isfinite(error)] or [0.0]
+    low, high = floor(min(powers)), floor(max(powers)) + 1
+
+    def depth(error: float) -> float:
+        return top + height * (1 - (_share(log10(error) - low, high - low) if error else 0.0))
+
+    decades = range(low, high + 1, ceil((high - low) / 6))
+    shapes = [_grid(left, depth(10.0**power), percent(10.0**power)) for power in decades]
+    candidates = sorted(measured.bits().items(), key=lambda item: item[1])
+    pitch, key = (_WIDTH - left - 8) / max(len(measured.weights) - 1, 1), min(90, (_WIDTH - left) / len(candidates))
+    radius = 2.5 if pitch > 12 else 1
+    for index, (encoding, bits) in enumerate(candidates):
+        marks = [
+            _circle(left + 4 + key * index, 8, "now", encoding),
+            _text(left + 12 + key * index, 12, stored_bits(bits)),
+        ]
+        path = []
+        for place, site in enumerate(measured.weights):
+            if (error := errors.get((site, encoding))) is not None:
+                path.append((left + 4 + place * pitch, depth(error)))
+                marks.append(_circle(*path[-1], "now", f"{site}, {stored_bits(bits)}: {percent(error)}", radius))
+        shapes.append(tag("g", _path(path, "now"), *marks, opacity=f"{1 - 0.8 * index / len(candidates):.2f}"))
+    return _plot(f"Relative error with one of {len(measured.weights)} weights encoded", top + height + 8, shapes)
 
 
 def _columns(caption: str, bars: Sequence[Bar], ghosts: Sequence[float], show: Callable[[float], str]) -> Markup:

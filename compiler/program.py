@@ -17,6 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from .causal import Cache
 from .encodings import Encoding, parse_encoding
 from .errors import OptionError, ParetocError, PassError
 
@@ -49,6 +50,7 @@ class Interface:
     `parameters` are the names of the original `forward`; `leaves` lists the flattened inputs, a tensor input by
     its graph name and a specialised constant by its value; `results` lists the flattened outputs, a tensor by its
     position in the graph output and a constant by its value; `defaults` are those of the original `forward`.
+    `cache` completes the calls of a causal language model.
     """
 
     parameters: tuple[str, ...]
@@ -57,6 +59,7 @@ class Interface:
     out_spec: pytree.TreeSpec
     results: tuple[tuple[str, Any], ...]
     defaults: tuple[tuple[str, Any], ...] = ()
+    cache: Cache | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -72,6 +75,7 @@ class Interface:
                 fix="call it as the original was called when it was captured",
             )
         given = self._constants() | dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
+        given = given if self.cache is None else self.cache.complete(given)
         missing = [n for n in (*captured_args, *captured_kwargs) if n not in given]
         known = {*captured_args, *captured_kwargs}
         extra = [n for n, v in given.items() if n not in known and v is not None and (n, v) not in self.defaults]
@@ -132,13 +136,23 @@ class Interface:
         leaves = [outputs[value] if kind == "tensor" else value for kind, value in self.results]
         return pytree.tree_unflatten(leaves, self.out_spec)
 
+    def input_names(self) -> list[str]:
+        """A readable name for each graph input; one inside containers is called after its place in them."""
+        places = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(self.leaves))), self.in_spec))[0]
+        names = []
+        for (path, _), (kind, value) in zip(places, self.leaves, strict=True):
+            if kind == "tensor":
+                first = getattr(path[1], "key", None) or self.parameters[path[1].idx]  # type: ignore[attr-defined]
+                names.append(value if len(path) == 2 else f"{first}.{_place(path[2:])}")
+        return names
+
     def output_names(self) -> list[str]:
         """A readable, unique name for each graph output, from its place in the output containers."""
         names: dict[int, str] = {}
         paths = [path for path, _ in pytree.tree_flatten_with_path(self.unflatten_placeholder())[0]]
         for path, (kind, value) in zip(paths, self.results, strict=True):
             if kind == "tensor" and value not in names:
-                text = "_".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) or "output"
+                text = _place(path) or "output"
                 names[value] = text if text[0].isalpha() else f"output_{text}"
         taken = set(self.inputs)
         unique = []
@@ -152,6 +166,11 @@ class Interface:
 
     def unflatten_placeholder(self) -> Any:
         return pytree.tree_unflatten(list(range(len(self.results))), self.out_spec)
+
+
+def _place(path: Sequence[Any]) -> str:
+    """A path into nested containers as text: "present.0.key"."""
+    return ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
 
 
 def _arranged(value: Any, spec: pytree.TreeSpec) -> Any:

@@ -6,10 +6,11 @@ order and sees the inputs that the part already encoded produces.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor, fx
 
@@ -17,11 +18,20 @@ from .calibrate import Stream
 from .checkpoint import Checkpoint, Stored, read, write
 from .encodings import NM, Dense, Encoding
 from .errors import PassError
+from .memory import trim
 from .passes import Context, PassResult, SitePass
 from .program import Program
 from .protocols import NO_EVIDENCE, Adaptive, Evidence, Fitter, collected_warnings, fit
 from .sites import Site, weight_sites
 from .statistics import Statistic
+
+#: weights and what they are to be stored as
+Jobs = Sequence[tuple[Site, Encoding]]
+_Task = tuple[Encoding, Tensor, Evidence]
+#: what is stored, and what the fitter warned of
+_Done = tuple[Stored, list[str]]
+#: how many groups of sites an executor may still be fitting while the data run on
+_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class EncodePass(SitePass):
     def store(
         self,
         program: Program,
-        jobs: Sequence[tuple[Site, Encoding]],
+        jobs: Jobs,
         ctx: Context,
         fitter: Fitter | None = None,
         watch: Program | None = None,
@@ -77,7 +87,8 @@ class EncodePass(SitePass):
         `checkpoint`, and not fitted again. Returns what the fitter warns of."""
         jobs = [(site, inside(program.encoding(site.weight), encoding)) for site, encoding in jobs]
         if fitter is None or fitter.data_free:
-            stored, warnings = _fitted(program, jobs, [NO_EVIDENCE] * len(jobs), ctx, fitter, self.name)
+            done = ctx.map(partial(_fit, fitter), _tasks(program, jobs, [NO_EVIDENCE] * len(jobs)), self.name)
+            stored, warnings = _collected(jobs, done)
             _encode(program, jobs, stored)
         else:
             facts = (fitter, watch is None, *(t for batch in ctx.batches for t in batch))
@@ -107,27 +118,23 @@ def inside(current: Encoding | None, encoding: Encoding) -> Encoding:
     return replace(current, values=encoding) if isinstance(current, NM) else encoding
 
 
-def _fitted(
-    program: Program,
-    jobs: Sequence[tuple[Site, Encoding]],
-    evidence: Sequence[Evidence],
-    ctx: Context,
-    fitter: Fitter | None,
-    label: str,
-) -> tuple[list[Stored], list[str]]:
+def _tasks(program: Program, jobs: Jobs, evidence: Sequence[Evidence]) -> list[_Task]:
     weights = [program.weight_value(site.weight) for site, _ in jobs]
-    tasks = [(e, w, seen) for (_, e), w, seen in zip(jobs, weights, evidence, strict=True)]
-    done = ctx.map(partial(_fit, fitter), tasks, label)
+    return [(e, w, seen) for (_, e), w, seen in zip(jobs, weights, evidence, strict=True)]
+
+
+def _collected(jobs: Jobs, done: Iterable[_Done]) -> tuple[list[Stored], list[str]]:
+    done = list(done)
     texts = [f"{site.path}: {text}" for (site, _), (_, said) in zip(jobs, done, strict=True) for text in said]
     return [stored for stored, _ in done], texts
 
 
-def _encode(program: Program, jobs: Sequence[tuple[Site, Encoding]], stored: Sequence[Stored]) -> None:
+def _encode(program: Program, jobs: Jobs, stored: Sequence[Stored]) -> None:
     for (site, _), (encoding, arrays) in zip(jobs, stored, strict=True):
         program.encode(site.weight, encoding, arrays)
 
 
-def _fit(fitter: Fitter | None, task: tuple[Encoding, Tensor, Evidence]) -> tuple[Stored, list[str]]:
+def _fit(fitter: Fitter | None, task: _Task) -> _Done:
     encoding, weight, evidence = task
     with collected_warnings() as texts:  # they travel back with the arrays, from whatever worker this runs in
         if fitter is None:
@@ -142,13 +149,14 @@ def _fit(fitter: Fitter | None, task: tuple[Encoding, Tensor, Evidence]) -> tupl
 def _store_with_data(
     program: Program,
     watch: Program,
-    jobs: Sequence[tuple[Site, Encoding]],
+    jobs: Jobs,
     ctx: Context,
     fitter: Fitter,
     label: str,
     checkpoint: Checkpoint,
 ) -> list[str]:
-    """Sites that read the same input together, so that what is gathered is that of one input at a time."""
+    """Sites that read the same input together, so that what is gathered is that of one input at a time; on an
+    executor, and where no fit waits for one before it, of a few inputs."""
     seen_at: dict[str, list[Site]] = defaultdict(list)
     for site in weight_sites(watch):
         seen_at[str(watch.weight_name(site.weight))].append(site)
@@ -157,6 +165,18 @@ def _store_with_data(
         groups[seen_at[str(program.weight_name(site.weight))][0].input].append((site, encoding))
     stream = Stream(watch, ctx.batches)
     warnings: list[str] = []
+    started: deque[tuple[Path | None, Jobs, Iterator[_Done]]] = deque()
+
+    def finish(ahead: int) -> None:
+        """Wait until no more than so many of the groups are being fitted."""
+        while len(started) > ahead:
+            file, group, done = started.popleft()
+            stored, texts = _collected(group, done)
+            write(file, stored)
+            _encode(program, group, stored)
+            warnings.extend(texts)
+            trim()
+
     for place in ctx.track(sorted(groups), label):
         group = groups[place]
         wanted = [[fitter.needs(s) for s in seen_at[str(program.weight_name(site.weight))]] for site, _ in group]
@@ -167,10 +187,11 @@ def _store_with_data(
             _encode(program, group, stored)
             continue
         found = stream.advance(place, statistics)
-        stored, texts = _fitted(program, group, [_combined(uses, found) for uses in wanted], ctx, fitter, label)
-        write(file, stored)
-        _encode(program, group, stored)
-        warnings += texts
+        evidence = [_combined(uses, found) for uses in wanted]
+        started.append((file, group, ctx.start(partial(_fit, fitter), _tasks(program, group, evidence))))
+        del found, evidence  # they may be as large as several layers
+        finish(0 if ctx.executor is None or watch is program else _AHEAD)
+    finish(0)
     return warnings
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,14 @@ from rich.table import Table
 from . import cost as costs
 from .backend import Explanation
 from .registry import registry
+from .sensitivity import Sensitivity
 from .verify import Fidelity
 
 if TYPE_CHECKING:
     from .driver import Compilation
+
+#: how many sites the terminal lists by their sensitivity
+_SENSITIVE_SITES = 8
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Report:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._summary()
         yield self._pass_table()
+        yield from map(_sensitivity_table, self.sensitivities())
         yield from (f"note: {escape(note)}" for note in self.notes)
 
     def _summary(self) -> Table:
@@ -102,7 +107,7 @@ class Report:
     def _pass_table(self) -> Table:
         table = Table(title="passes", title_justify="left")
         for column in ("pass", "sites", "size", "MACs", "relative error"):
-            table.add_column(column, justify="left" if column == "pass" else "right")
+            table.add_column(column, justify="left" if column == "pass" else "right", overflow="fold")
         for entry in self.passes:
             error = entry["relative_error"]
             table.add_row(
@@ -113,6 +118,10 @@ class Report:
                 "" if error is None else f"{error:.2e}",
             )
         return table
+
+    def sensitivities(self) -> Iterator[Sensitivity]:
+        """What the passes measured of it."""
+        return (Sensitivity.from_dict(entry["sensitivity"]) for entry in self.passes if entry.get("sensitivity"))
 
     def to_html(self, path: str | Path) -> None:
         """Write a self-contained page with plots."""
@@ -180,18 +189,40 @@ def _entry(record: Any) -> dict[str, Any]:
         "parameters": record.cost.parameters,
         "tokens": list(record.cost.tokens),
         "relative_error": record.fidelity.worst if record.fidelity else None,
+        "sensitivity": record.result.sensitivity.to_dict() if record.result.sensitivity else None,
     }
+
+
+def _sensitivity_table(measured: Sensitivity) -> Table:
+    """The most sensitive sites: relative error at the outputs, a column a candidate."""
+    bits, rows = measured.bits(), list(measured.table().items())
+    table = Table(title="the most sensitive sites, relative error with one weight encoded", title_justify="left")
+    table.add_column("site", overflow="fold")
+    for encoding in bits:
+        table.add_column(stored_bits(bits[encoding]), justify="right")
+    for site, errors in rows[:_SENSITIVE_SITES]:
+        table.add_row(escape(site), *(f"{errors[e]:.2e}" if e in errors else "" for e in bits))
+    table.caption = f"{min(len(rows), _SENSITIVE_SITES)} of {len(rows)} sites, {escape(measured.data)}"
+    return table
+
+
+def stored_bits(bits: float) -> str:
+    """What a candidate is called where there is little room."""
+    return f"{bits:.3g} bits"
 
 
 def explanation_table(explanation: Explanation) -> Table:
     """`explain()` as a table, a row per site."""
     table = Table(title=f"what runs on {explanation.target}", title_justify="left")
-    for column in ("site", "encoding", "kernel", "fast", "ms", "note"):
+    for column in ("site", "encoding", "kernel", "fast", "ms", "× fp32", "roofline", "note"):
         table.add_column(column, overflow="fold")
     for row in explanation.rows:
         milliseconds = "" if row.milliseconds is None else f"{row.milliseconds:.3f}"
+        predicted = "" if row.predicted is None else f"{row.predicted:.2g}"
+        roofline = "" if row.roofline is None else f"{row.roofline:.0%}"
         fast = "yes" if row.accelerated else "no"
-        table.add_row(*map(escape, (row.site, row.encoding, row.kernel, fast, milliseconds, row.note)))
+        cells = (row.site, row.encoding, row.kernel, fast, milliseconds, predicted, roofline, row.note)
+        table.add_row(*map(escape, cells))
     return table
 
 

@@ -91,6 +91,15 @@ class Sensitivity:
         size = {(loss.site, loss.encoding): loss.bytes for loss in self.losses}
         return 8 * sum(size[s, str(e)] for s, e in chosen.items()) / sum(self.weights[s] for s in chosen)
 
+    def bits(self) -> dict[str, float]:
+        """Candidate → the bits it stores a weight in, scales included, over all that were measured under it."""
+        size: dict[str, list[int]] = {}
+        for loss in self.losses:
+            total = size.setdefault(loss.encoding, [0, 0])
+            total[0] += 8 * loss.bytes
+            total[1] += self.weights[loss.site]
+        return {encoding: stored / count for encoding, (stored, count) in size.items()}
+
     def table(self) -> dict[str, dict[str, float]]:
         """Site → encoding → relative error at the outputs, the most sensitive site first."""
         rows: dict[str, dict[str, float]] = {site: {} for site in self.weights}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,51 @@ class MinMax(Statistic):
 
 
 @dataclass(frozen=True)
+class Histogram(Statistic):
+    """How many values lie where: (counts float64 `[N]`, edges float64 `[N + 1]`), N ≤ `bins`, 0 among the edges.
+
+    One pass, fixed memory, and exactly the same for any split into batches: the width of a bin is the least power of
+    two under which `bins` of them cover all values; where the range outgrows them, neighbours merge. The outermost
+    edges are the least and the greatest value, or 0. What is 0 is not counted: every code holds it exactly, however
+    much of it there is. What is not finite is not counted either.
+    """
+
+    bins: int = 8192
+
+    def update(self, state: Any, *values: Tensor) -> Any:
+        x = values[0].detach().float().flatten()
+        x = x[(x != 0) & x.isfinite()]
+        low, high, counts, exponent = state or (0.0, 0.0, torch.zeros(1, dtype=torch.float64), _LEAST_EXPONENT)
+        first = math.floor(low / 2.0**exponent)
+        if len(x):
+            low, high = min(low, float(x.min())), max(high, float(x.max()))
+        wider = self._exponent(low, high, exponent)
+        start, stop = (math.floor(bound / 2.0**wider) for bound in (low, high))
+        merged = torch.zeros(stop - start + 1, dtype=torch.float64)
+        merged.index_add_(0, (torch.arange(first, first + len(counts)) >> wider - exponent) - start, counts)
+        merged += torch.bincount((x.double() * 2.0**-wider).floor().long() - start, minlength=len(merged))
+        return low, high, merged, wider
+
+    def _exponent(self, low: float, high: float, least: int) -> int:
+        """The least power of two that is the width of few enough bins."""
+        exponent = max(least, math.floor(math.log2((high - low) / self.bins)) if high > low else least)
+        while math.floor(high / 2.0**exponent) - math.floor(low / 2.0**exponent) >= self.bins:
+            exponent += 1
+        return exponent
+
+    def finish(self, state: Any) -> tuple[Tensor, Tensor]:
+        low, high, counts, exponent = state
+        start = math.floor(low / 2.0**exponent)
+        edges = torch.arange(start, start + len(counts) + 1, dtype=torch.float64) * 2.0**exponent
+        edges[0], edges[-1] = low, high
+        return counts, edges
+
+
+#: of the smallest normal float32
+_LEAST_EXPONENT = -126
+
+
+@dataclass(frozen=True)
 class Window:
     """How a convolution slides over its input: one number for each spatial axis."""
 
@@ -94,6 +140,10 @@ def rows_of(x: Tensor, window: Window | None) -> Tensor:
     return x.reshape(1, -1, x.shape[-1]) if window is None else window.columns(x)
 
 
+#: numbers in the rows of a convolution that stand in memory at once
+_UNFOLDED = 1 << 24
+
+
 @dataclass(frozen=True)
 class Hessian(Statistic):
     """Σ xᵀx over the rows that a weight multiplies, float64 `[groups, K, K]`: half the Hessian of the squared error
@@ -102,10 +152,19 @@ class Hessian(Statistic):
     window: Window | None = None
 
     def update(self, state: Any, *values: Tensor) -> Any:
-        rows = self.rows(*values)
-        # float32 products, float64 sums: exact enough for a batch, and several times faster
-        gram = (rows.transpose(1, 2) @ rows).double()
-        return gram if state is None else state + gram
+        for part in zip(*self._parts(values), strict=True):
+            rows = self.rows(*part)
+            # float32 products, float64 sums: exact enough for a batch, and several times faster
+            gram = rows.transpose(1, 2) @ rows
+            state = gram.double() if state is None else state.add_(gram)
+        return state
+
+    def _parts(self, values: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """The batch, for a convolution in parts: each pixel is in as many rows as the kernel has positions."""
+        if self.window is None:
+            return [[v] for v in values]
+        unfolded = math.prod(values[0].shape[1:]) * math.prod(self.window.size)
+        return [v.split(max(_UNFOLDED // max(unfolded, 1), 1)) for v in values]
 
     def rows(self, *values: Tensor) -> Tensor:
         return rows_of(values[0].detach().float(), self.window)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from .calibrate import FlatBatch, Observer
+from .calibrate import FlatBatch, steps
 from .encodings import NM
 from .errors import VerificationError
+from .memory import trim
 from .program import Program, describe, example_shape
 from .sites import weight_sites
 
@@ -101,44 +102,60 @@ def measure(
     errors: dict[str, list[Tensor]] = {n: [] for n in names}
     cosines: dict[str, list[Tensor]] = {n: [] for n in names}
     sites = {s.node.name: s.path for s in weight_sites(original)}
-    squares: dict[str, list[float]] = {}
+    squares: dict[str, Tensor] = {}
+    want: Sequence[Tensor] = ()
+    got: Sequence[Tensor] = ()
     samples = 0
     for batch in batches:
-        want, want_sites = _observed(original, batch, sites)
-        got, got_sites = _observed(compiled, batch, sites)
+        for name, a, b in _together(original, compiled, batch, sites):
+            if name == _OUTPUT:
+                want, got = a, b
+            elif a.shape == b.shape and a.is_floating_point():
+                total = squares.setdefault(sites[name], torch.zeros(4, dtype=torch.float64))
+                total += _products(a, b).sum(0)
         _check_finite(names, want, got, where)
+        trim()
         samples += batch[0].shape[0] if batch and batch[0].ndim else 1
         for name, a, b in zip(names, want, got, strict=True):
             if a.is_floating_point():
                 error, cosine = _distance(a, b)
                 errors[name].append(error)
                 cosines[name].append(cosine)
-        for name in want_sites.keys() & got_sites.keys():
-            a, b = want_sites[name], got_sites[name]
-            if a.shape == b.shape and a.is_floating_point():
-                total = squares.setdefault(sites[name], [0.0, 0.0])
-                total[0] += float((a.double() - b.double()).square().sum())
-                total[1] += float(a.double().square().sum())
     return Fidelity(
         data=data,
         samples=samples,
         relative_error={n: float(torch.cat(v).mean()) for n, v in errors.items() if v},
         standard_error={n: _standard_error(torch.cat(v)) for n, v in errors.items() if v},
         cosine={n: float(torch.cat(v).mean()) for n, v in cosines.items() if v},
-        sites={p: (e / s) ** 0.5 if s else 0.0 for p, (e, s) in squares.items()},
+        sites={p: float((e / s) ** 0.5) if s else 0.0 for p, (e, s, _, _) in squares.items()},
     )
 
 
-def _observed(program: Program, batch: FlatBatch, sites: dict[str, str]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    seen: dict[str, Tensor] = {}
+#: values that are compared at once
+_SLICE = 1 << 20
+#: stands for the name of the node that returns the outputs
+_OUTPUT = ""
 
-    def observe(name: str, value: Any) -> None:
-        if name in sites and isinstance(value, Tensor):
-            seen[name] = value
 
-    with torch.no_grad():
-        outputs = Observer(program.module, observe).run(*batch)
-    return list(outputs), seen
+@torch.no_grad()
+def _together(
+    original: Program, compiled: Program, batch: FlatBatch, names: Collection[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """The values of the named nodes that both programs have, and their outputs, side by side as both run: of the
+    others nothing is held, and of these only what the two compute in another order."""
+    named = {_name(n) for n in compiled.graph.nodes} & {*names, _OUTPUT}
+    other, ahead = steps(compiled, batch), {}
+    for node, value in steps(original, batch):
+        if _name(node) in named:
+            while _name(node) not in ahead:
+                met, ahead_value = next(other)
+                if _name(met) in named:
+                    ahead[_name(met)] = ahead_value
+            yield _name(node), value, ahead.pop(_name(node))
+
+
+def _name(node: fx.Node) -> str:
+    return _OUTPUT if node.op == "output" else node.name
 
 
 def _check_finite(names: Sequence[str], want: Sequence[Tensor], got: Sequence[Tensor], where: str) -> None:
@@ -153,12 +170,22 @@ def _check_finite(names: Sequence[str], want: Sequence[Tensor], got: Sequence[Te
 
 def _distance(want: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
     """Relative L2 error and cosine of every sample (rows of the first axis), float64 `[B]`."""
-    a = want.double().reshape(want.shape[0] if want.ndim else 1, -1)
-    b = got.double().reshape(a.shape)
-    finite = torch.isfinite(a) & torch.isfinite(b)
-    a, b = torch.where(finite, a, 0.0), torch.where(finite, b, 0.0)
-    norm = a.norm(dim=-1).clamp(min=1e-30)
-    return (a - b).norm(dim=-1) / norm, torch.nn.functional.cosine_similarity(a, b, dim=-1)
+    finite = torch.isfinite(want) & torch.isfinite(got)
+    moved, own, other, common = _products(torch.where(finite, want, 0.0), torch.where(finite, got, 0.0)).unbind(1)
+    norm = own.sqrt().clamp(min=1e-30)
+    return moved.sqrt() / norm, common / (norm * other.sqrt()).clamp(min=1e-30)
+
+
+def _products(want: Tensor, got: Tensor) -> Tensor:
+    """Σ(a − b)², Σa², Σb² and Σab of every sample, float64 `[B, 4]`; in slices, as logits may be many."""
+    rows = want.shape[0] if want.ndim else 1
+    total = torch.zeros(rows, 4, dtype=torch.float64)
+    flat = (x.reshape(rows, x.numel() // max(rows, 1)) for x in (want, got))
+    sliced = (x.split(max(_SLICE // max(rows, 1), 1), 1) for x in flat)
+    for a, b in zip(*sliced, strict=True):
+        a, b = a.double(), b.double()
+        total += torch.stack([(a - b).square().sum(1), a.square().sum(1), b.square().sum(1), (a * b).sum(1)], 1)
+    return total
 
 
 def _standard_error(values: Tensor) -> float:

@@ -11,6 +11,8 @@ from .fit import AdaRound, AdditiveFit, Awq, Gptq, Hqq, KMeans, LowRankFit, Mse,
 from .merge_models import MergeModels
 from .prune_nm import PruneNM
 from .quantize import Quantize
+from .quantize_cache import QuantizeCache
+from .reconstruct import Reconstruct
 from .reduce_tokens import MergeTokens, PruneTokens, ReduceTokens
 from .rotate import Rotate
 from .smooth import Smooth
@@ -24,6 +26,8 @@ __all__ = [
     "PruneNM",
     "PruneTokens",
     "Quantize",
+    "QuantizeCache",
+    "Reconstruct",
     "ReduceTokens",
     "Rotate",
     "Smooth",
@@ -33,8 +37,8 @@ __all__ = [
 @hook
 def paretoc_passes() -> list[type[Pass]]:
     return [
-        *(Canonicalize, MergeModels, PruneNM, Rotate, Smooth, Quantize, CorrectBias),
-        *(ReduceTokens, MergeTokens, PruneTokens),
+        *(Canonicalize, MergeModels, PruneNM, Rotate, Smooth, Quantize, QuantizeCache, CorrectBias),
+        *(Reconstruct, ReduceTokens, MergeTokens, PruneTokens),
     ]
 
 

@@ -3,8 +3,9 @@
 Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.2, with the
 means of calibration data (its appendix D): rounding shifts the mean of an output, and the bias takes the shift back.
 Layer by layer, on the inputs that the corrected layers before it give. `deviation=True` also matches the standard
-deviation, ŷ → μ + (ŷ − μ̂)·σ/σ̂, folded into the scales of the stored weight: what re-estimating the statistics of a
-batch norm would do, for batch norms that are folded already. Lossy; it costs nothing at run time.
+deviation, ŷ → μ + (ŷ − μ̂)·σ/σ̂, folded into the scales of the stored weight. This is batch-norm re-estimation for norms
+that are folded already: γ·(ŷ − μ̂)/σ̂ + β with statistics taken anew has mean β and deviation γ on the calibration data,
+as had the output of the norm before. Lossy; it costs nothing at run time.
 """
 
 from __future__ import annotations

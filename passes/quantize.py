@@ -6,12 +6,12 @@
 | W8A8-dynamic | int8 per channel | 8 bit, range found per call: of the tensor, or of each token |
 | W8A16 | int8 per channel | as they are |
 | W4A16, W3A16, W2A16 | integers in groups of 32 | as they are |
-| W4A8, W4A4 | int4 in groups of 32 | 8 or 4 bit, range of each token |
+| W4A8, W4A4 | int4 in groups of 32, of convolutions per channel | 8 or 4 bit, range of each token |
 | FP8 | E4M3 per channel | E4M3, range of each token |
 | MXFP4, NVFP4 | E2M1 in blocks of 32 or 16, scales E8M0 or E4M3 | as they are |
 
-Any other weight encoding: `weights=`. Jacob et al. 2018 (integer inference), Dettmers et al. 2022 (per-channel by
-per-token). Lossy.
+A convolution has no tokens: dynamic ranges of its input are those of the tensor. Any other weight encoding: `weights=`.
+Jacob et al. 2018 (integer inference), Dettmers et al. 2022 (per-channel by per-token). Lossy.
 """
 
 from __future__ import annotations
@@ -20,30 +20,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-from torch import Tensor, fx
-
 from ..compiler.calibrate import FlatBatch
+from ..compiler.dialect.activations import CODES
 from ..compiler.encodings import Affine, Encoding, Float, parse_encoding
-from ..compiler.errors import OptionError, ParetocError, did_you_mean
+from ..compiler.errors import OptionError, ParetocError, PassError, did_you_mean
 from ..compiler.passes import Context, PassResult, Phase
 from ..compiler.program import Program
 from ..compiler.protocols import Fitter, refusal
 from ..compiler.reencode import EncodePass, inside, stored_already
 from ..compiler.registry import registry
 from ..compiler.sensitivity import Sensitivity, Undo, back_off, give_back, measure_losses, relative_error, split
-from ..compiler.sites import EMBEDDING, Site
-from ..compiler.statistics import MinMax, Statistic
-
-
-@dataclass(frozen=True)
-class Activations:
-    """How inputs are rounded. `mode` "static" or "dynamic"; `code` and `granularity` are those of
-    `paretoc::fake_quantize_dynamic`."""
-
-    mode: str
-    code: str = "int8"
-    granularity: str = "tensor"
+from ..compiler.sites import EMBEDDING, AttentionSite, Site, attention_of
+from ..compiler.statistics import Statistic
+from .activations import Activations
+from .ranges import parse_range
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,7 @@ SCHEMES = {
     "W4A16": Scheme(Affine(4, 32), None),
     "W3A16": Scheme(Affine(3, 32), None),
     "W2A16": Scheme(Affine(2, 32, symmetric=False), None),
-    "W4A8": Scheme(Affine(4, 32), Activations("dynamic", "int8", "token")),
+    "W4A8": Scheme(Affine(4, 32), Activations("dynamic", "int8", "token"), _ALL),
     "W4A4": Scheme(Affine(4, 32), Activations("dynamic", "int4", "token")),
     "FP8": Scheme(Float("e4m3"), Activations("dynamic", "e4m3", "token"), _ALL),
     "MXFP4": Scheme(Float("e2m1", 32, "e8m0"), None),
@@ -77,9 +67,12 @@ class Quantize(EncodePass):
     """Quantise weights and, with schemes other than …A16, the inputs of the operators that read them.
 
     `weights` replaces the weight encoding of the scheme: an `Encoding`, or its text. `group_size` (weights per scale
-    along the input axis) and `symmetric` change that of the scheme. `granularity`, "tensor" or "token", applies to
-    dynamic activations. `embeddings=True` stores embedding tables as int8 with one scale a row. `fitter` chooses the
-    codes: a name, a name with options ("gptq(act_order=True)"), or a `Fitter`; with one that needs data, `sequential`
+    along the input axis) and `symmetric` change that of the scheme. `granularity`, "tensor" or "token", and `code`,
+    such as "uint4", asymmetric for each token too, apply to dynamic activations; `range` applies to static ones: mse
+    (the default), minmax, percentile(99.99) or entropy, see `ranges.py`. `attention=True` also rounds to 8 bits what
+    the two products of an attention multiply, in the layers that the chosen sites are in. `embeddings=True` stores
+    embedding tables as int8 with one scale a row. `fitter` chooses the codes: a name, a name with options
+    ("gptq(act_order=True)"), or a `Fitter`; with one that needs data, `sequential`
     fits every layer to the inputs that the layers already quantised give it, and `checkpoint` names a directory that
     keeps what is finished.
 
@@ -106,6 +99,9 @@ class Quantize(EncodePass):
     widths: tuple[int, ...] = (2, 3, 4, 8)
     sensitivity: Sensitivity | None = None
     max_drop: float | None = None
+    range: str | None = None
+    attention: bool = False
+    code: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,22 +110,40 @@ class Quantize(EncodePass):
                 f"there is no scheme {self.scheme!r}", where="pass 'quantize'", fix=did_you_mean(self.scheme, SCHEMES)
             )
         self._check_group_size()
-        activations = SCHEMES[self.scheme].activations
+        self._check_activations()
+        if reason := refusal(self.fitted_by(), self.encoding()):
+            raise OptionError(reason, where="pass 'quantize'", fix="use fitter=rtn")
+        self._check_budget()
+
+    def _check_activations(self) -> None:
+        mode = self.activations.mode if self.activations else ""
+        eight = self.activations and self.activations.code in ("int8", "uint8")
+        for option, given, fits, fix in (
+            ("granularity", self.granularity, mode == "dynamic", "use it with W8A8-dynamic, W4A8 or W4A4"),
+            ("code", self.code, mode == "dynamic", "use it with W8A8-dynamic, W4A8 or W4A4"),
+            ("range", self.range, mode == "static", "use it with W8A8"),
+            ("attention", self.attention, eight, "use it with W8A8, W8A8-dynamic or W4A8"),
+        ):
+            if given and not fits:
+                raise OptionError(f"{option}={given} does not apply to {self.scheme}", where="pass 'quantize'", fix=fix)
         if self.granularity not in (None, "tensor", "token"):
             raise OptionError(
                 f"granularity {self.granularity!r} is not known",
                 where="pass 'quantize'",
                 fix="use 'tensor' (one range a call, the fast kernel on ONNX Runtime) or 'token' (one range a token)",
             )
-        if self.granularity and (activations is None or activations.mode != "dynamic"):
+        if self.code is not None and self.code not in CODES:
             raise OptionError(
-                f"granularity={self.granularity} does not apply to {self.scheme}",
-                where="pass 'quantize'",
-                fix="use it with W8A8-dynamic, W4A8 or W4A4",
+                f"{self.code!r} is not an activation code", where="pass 'quantize'", fix=did_you_mean(self.code, CODES)
             )
-        if reason := refusal(self.fitted_by(), self.encoding()):
-            raise OptionError(reason, where="pass 'quantize'", fix="use fitter=rtn")
-        self._check_budget()
+        if self.range is not None:
+            parse_range(self.range)
+        if self.attention and self.max_drop is not None:
+            raise OptionError(
+                "max_drop= gives back layers, and cannot give back what attention=true rounds",
+                where="pass 'quantize'",
+                fix="leave one of them out",
+            )
 
     def _check_budget(self) -> None:
         if self.effective_bits is not None and not isinstance(self.encoding(), Affine):
@@ -159,7 +173,8 @@ class Quantize(EncodePass):
     @property
     def activations(self) -> Activations | None:
         chosen = SCHEMES[self.scheme].activations
-        return replace(chosen, granularity=self.granularity) if chosen and self.granularity else chosen
+        given = {"granularity": self.granularity, "range": self.range, "code": self.code}
+        return chosen and replace(chosen, **{option: value for option, value in given.items() if value})
 
     def fitted_by(self) -> Fitter:
         return registry().fitter(self.fitter) if isinstance(self.fitter, str) else self.fitter
@@ -173,13 +188,27 @@ class Quantize(EncodePass):
         symmetric = chosen.symmetric if self.symmetric is None else self.symmetric
         return replace(chosen, group=self.group_size or chosen.group, symmetric=symmetric)
 
+    def _encoding_at(self, site: Site) -> Encoding:
+        """The groups of a scheme lie along the inputs of a linear; a convolution has one scale for each channel."""
+        chosen = self.encoding()
+        if self.weights is None and site.kind == "conv" and isinstance(chosen, Affine):
+            return replace(chosen, group=0)
+        return chosen
+
     def default_kinds(self) -> tuple[str, ...]:
         return SCHEMES[self.scheme].kinds + (("embedding",) if self.embeddings else ())
 
     def needs(self, program: Program) -> list[Statistic]:
-        if self.activations is None or self.activations.mode != "static":
+        if self.activations is None:
             return []
-        return [MinMax(s.input.name) for s in self.sites(program) if s.kind != "embedding"]
+        sites = [s for s in self.sites(program) if s.kind != "embedding"]
+        operands = [x for a in self._attentions(sites) for x in (a.query, a.key, a.value)]
+        return self.activations.needs([*(s.input for s in sites), *operands])
+
+    def _attentions(self, sites: Sequence[Site]) -> list[AttentionSite]:
+        """The attentions of the layers that the sites are in, if they are to be rounded."""
+        found = [attention_of(s) for s in sites if s.kind == "linear"] if self.attention else []
+        return list(dict.fromkeys(a for a in found if a is not None))
 
     def apply(self, program: Program, ctx: Context) -> PassResult:
         result = PassResult()
@@ -194,7 +223,7 @@ class Quantize(EncodePass):
         jobs = [(s, self._checked(program, s, wanted[s.path], fitter)) for s in chosen if s not in tables]
         rows = [(s, self._checked(program, s, _EMBEDDING, of_tables)) for s in tables]
         matched = set(result.matched)
-        self._quantize_inputs(program, [s for s in self.sites(program) if s.path in matched], ctx)
+        self._round_activations(program, [s for s in self.sites(program) if s.path in matched], ctx, result)
         if rows:  # first: in sequence, what reads them is fitted to what they have become
             self.store(program, rows, ctx, of_tables)
         result.warnings += self.store(program, jobs, ctx, fitter, None if self.sequential else before, self.checkpoint)
@@ -206,19 +235,39 @@ class Quantize(EncodePass):
         self, program: Program, sites: Sequence[Site], ctx: Context, result: PassResult
     ) -> dict[str, Encoding]:
         """Site → encoding: the same everywhere, or what the budget of bits allows."""
-        base = self.encoding()
         if self.effective_bits is None:
-            return {s.path: base for s in sites}
-        assert isinstance(base, Affine)
-        default = self.symmetric is None  # two symmetric bits are three levels
-        widths = [replace(base, bits=b, symmetric=b > 2 if default else base.symmetric) for b in self.widths]
+            return {s.path: self._encoding_at(s) for s in sites}
         measured = self.sensitivity or measure_losses(
-            program, sites, lambda _: widths, self.fitted_by(), ctx.batches, ctx.track
+            program, sites, self._candidates, self.fitted_by(), ctx.batches, ctx.track
         )
         chosen = measured.allocate(self.effective_bits, [s.path for s in sites])
         result.sensitivity = measured
         result.metrics["effective_bits"] = measured.effective_bits(chosen)
         return chosen
+
+    def _candidates(self, site: Site) -> list[Encoding]:
+        base = self._encoding_at(site)
+        assert isinstance(base, Affine)
+        default = self.symmetric is None  # two symmetric bits are three levels
+        return [replace(base, bits=b, symmetric=b > 2 if default else base.symmetric) for b in self.widths]
+
+    def _round_activations(self, program: Program, sites: Sequence[Site], ctx: Context, result: PassResult) -> None:
+        if self.activations is None:
+            return
+        sites = [s for s in sites if s.kind != "embedding"]
+        attentions = self._attentions(sites)
+        if self.attention and not attentions:
+            raise PassError(
+                "attention=true, and no attention belongs to the chosen sites",
+                where="pass 'quantize'",
+                fix="leave attention= out, or widen targets=",
+            )
+        self.activations.round_inputs(program, sites, ctx)
+        for attention in attentions:
+            if reason := self.activations.round_attention(program, attention, ctx):
+                result.skipped[attention.path] = reason
+        if attentions:
+            program.refresh()
 
     def _undo(self, program: Program, paths: set[str]) -> dict[str, list[Undo]]:
         """Site → how to give it back."""
@@ -274,42 +323,3 @@ class Quantize(EncodePass):
                 fix=f"{error.fix}, or leave it out with ignore={site.path} (another quantize may follow for it)",
             ) from error
         return encoding
-
-    def _quantize_inputs(self, program: Program, sites: list[Site], ctx: Context) -> None:
-        """One quantiser for each distinct input, shared by everything that reads it (q, k, v)."""
-        if self.activations is None:
-            return
-        done: dict[fx.Node, fx.Node] = {}
-        for site in sites:
-            if site.kind == "embedding":
-                continue
-            source = site.input
-            if source not in done:
-                done[source] = self._quantizer(program, source, site, ctx)
-            site.node.update_arg(0, done[source])
-
-    def _quantizer(self, program: Program, source: fx.Node, site: Site, ctx: Context) -> fx.Node:
-        graph, chosen = program.graph, self.activations
-        assert chosen is not None
-        if chosen.mode == "dynamic":
-            arguments = (source, chosen.granularity, chosen.code)
-            with graph.inserting_before(site.node):
-                node = graph.call_function(torch.ops.paretoc.fake_quantize_dynamic.default, arguments)
-        else:
-            scale, zero = _uint8_range(ctx.statistic(MinMax(source.name)))
-            stored = [
-                program.attribute(f"activations.{source.name}.{key}", value, before=site.node)
-                for key, value in (("scale", scale), ("zero", zero))
-            ]
-            with graph.inserting_before(site.node):
-                node = graph.call_function(torch.ops.paretoc.fake_quantize.default, (source, *stored))
-        node.meta.update({k: site.node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in site.node.meta})
-        return node
-
-
-def _uint8_range(bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """(min, max) → scale float32 [] and zero uint8 [] of an unsigned code that stores 0 exactly."""
-    low, high = bounds[0].clamp(max=0), bounds[1].clamp(min=0)
-    scale = (high - low) / 255
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return scale, torch.round(-low / scale).clamp(0, 255).to(torch.uint8)

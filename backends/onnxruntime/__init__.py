@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...compiler.backend import Executable
+from ...compiler.backend import Calibration, Executable
 from ...compiler.program import Program
 
 
@@ -30,6 +30,18 @@ class OnnxRuntime(Onnx):
     """target="onnxruntime": may use the com.microsoft operators that ONNX Runtime runs fastest."""
 
     name = "onnxruntime"
+
+    def calibrate(self) -> Calibration:
+        from .probe import measure_speeds
+        from .speeds import ROWS
+
+        measured = measure_speeds()
+        table = {form: {_rows(r): v for r, v in zip(ROWS, row, strict=True)} for form, row in measured.table.items()}
+        return Calibration(table, measured.save())
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
 
 
 __all__ = ["Onnx", "OnnxRuntime"]

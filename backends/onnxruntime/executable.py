@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,27 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor, fx
 
-from ...compiler.backend import Row
+from ...compiler.backend import Decoder, Row
+from ...compiler.causal import Cache
+from ...compiler.cost import node_macs
 from ...compiler.errors import ArtifactError, LoweringError, OptionError
 from ...compiler.inline import inline_decode
-from ...compiler.program import Program, argument, operands
+from ...compiler.program import Program, argument, example_shape, operands
 from ...compiler.sites import SDPA, Site, weight_sites
 from ...compiler.sums import split_sums
+from .cache import CachedDecoder, row_by_row, share_cache
 from .integers import representable
-from .kernels import explain_session
+from .kernels import Placed, explain_session
 from .lower import Lowering, required_opset
 from .optimise import optimise
+from .speeds import load_speeds
 from .translate import translate
 
 MODEL, WEIGHTS = "model.onnx", "weights.safetensors"
 #: the smallest opset written, and the one in which attention is a single operator
 _BASE_OPSET, _ATTENTION_OPSET = 18, 23
+#: session options that travel with a model: a DequantizeLinear before a MatMul must not round the activations
+CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1"}
 #: tensors smaller than this stay inside model.onnx
 _EXTERNAL_BYTES = 1024
 #: a protobuf message cannot exceed 2 GiB
@@ -52,30 +59,30 @@ class OnnxExecutable:
     @classmethod
     def from_program(cls, program: Program, *, target: str, options: Mapping[str, Any]) -> OnnxExecutable:
         program = program.clone()
-        sites = [
-            [s.path, str(program.encoding(s.weight) or "dense"), s.kind, _activations(s)] for s in weight_sites(program)
-        ]
+        rows = {s.path: prod(example_shape(s.node)[:-1]) for s in weight_sites(program) if s.kind == "linear"}
+        sites = [_placed(program, s) for s in weight_sites(program)]
         beside = split_sums(program)
         encodings = [program.encoding(n) for n in program.calls(torch.ops.paretoc.decode.default)]
         traced = inline_decode(program, representable)
+        shared = target == "onnxruntime" and share_cache(program)
         wants_attention = target == "onnxruntime" and program.calls(*SDPA)
         codes = [
             str(argument(n, 2, "code", "int8")) for n in program.calls(torch.ops.paretoc.fake_quantize_dynamic.default)
         ]
         opset = required_opset(encodings, codes, _ATTENTION_OPSET if wants_attention else _BASE_OPSET)
         model = translate(program, opset)
-        Lowering(model, target).run()
+        lowering = Lowering(model, target, rows, load_speeds())
+        lowering.run()
         optimise(model, [*beside, *traced])
         settings: dict[str, Any] = {
-            "config": {"session.qdq_matmulnbits_accuracy_level": "1"},
-            # folding would turn traced codes into dense float weights when the session starts
-            "disabled_optimizers": ["ConstantFolding"] if traced else [],
-            "sites": sites,
+            "config": CONFIG,
+            "sites": [asdict(_chosen(s, lowering, rows)) for s in sites],
             "inputs": [
-                [n.name, str(t.dtype).removeprefix("torch."), list(t.shape)]
-                for n, t in zip(program.placeholders, program.example, strict=True)
+                [name, str(t.dtype).removeprefix("torch."), list(t.shape)]
+                for name, t in zip(program.interface.input_names(), program.example, strict=True)
             ],
             "outputs": program.interface.output_names(),
+            "shared_cache": shared,
         }
         executable = cls(model, settings, target, example=list(program.example))
         executable._check()
@@ -101,20 +108,14 @@ class OnnxExecutable:
     # -- running ----------------------------------------------------------------------------------------------------
 
     def session_options(self) -> onnxruntime.SessionOptions:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        for key, value in self.settings["config"].items():
-            options.add_session_config_entry(key, value)
-        return options
+        return session_options(self.settings["config"])
 
     @cached_property
     def session(self) -> onnxruntime.InferenceSession:
         return self._start(self.session_options())
 
     def _start(self, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-        arguments = {"providers": ["CPUExecutionProvider"], "disabled_optimizers": self.settings["disabled_optimizers"]}
+        arguments = {"providers": ["CPUExecutionProvider"]}
         try:
             if self.path is not None:
                 return onnxruntime.InferenceSession(str(self.path), options, **arguments)
@@ -134,6 +135,9 @@ class OnnxExecutable:
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Tensors in and out share their memory with ONNX Runtime; nothing is copied on a CPU."""
+        return row_by_row(self._run, inputs) if self.settings["shared_cache"] else self._run(inputs)
+
+    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         feeds = {}
         for (name, dtype, shape), tensor in zip(self.settings["inputs"], inputs, strict=True):
             if str(tensor.dtype).removeprefix("torch.") != dtype or tensor.ndim != len(shape):
@@ -158,8 +162,14 @@ class OnnxExecutable:
     def _fed(self) -> set[str]:
         return {i.name for i in self.session.get_inputs()}
 
+    def decoder(self, cache: Cache, batch: int, tokens: int) -> Decoder:
+        inputs, outputs = [name for name, _, _ in self.settings["inputs"]], self.settings["outputs"]
+        shared = self.settings["shared_cache"]
+        return CachedDecoder(self.session, inputs, outputs, cache, batch, tokens, shared=shared)
+
     def explain(self) -> list[Row]:
-        return explain_session(self._start, self.session_options(), self.settings, self._example())
+        sites = [Placed(**site) for site in self.settings["sites"]]
+        return explain_session(self._start, self.session_options(), sites, self._example())
 
     def stored_bytes(self) -> int:
         return _weight_bytes(self.model) if self.model is not None else _file_bytes(self.path)
@@ -169,6 +179,7 @@ class OnnxExecutable:
             tensors = self.example
         else:
             tensors = [torch.ones(shape, dtype=getattr(torch, dtype)) for _, dtype, shape in self.settings["inputs"]]
+        tensors = [t[:1] for t in tensors] if self.settings["shared_cache"] else tensors
         return {n: t.numpy() for (n, _, _), t in zip(self.settings["inputs"], tensors, strict=True) if n in self._fed}
 
     # -- files ------------------------------------------------------------------------------------------------------
@@ -205,6 +216,28 @@ class OnnxExecutable:
             path.write_bytes(ir.to_proto(self.model).SerializeToString(deterministic=True))
         else:
             ir.save(self.model, path, external_data=f"{path.name}.data")
+
+
+def session_options(config: Mapping[str, str]) -> onnxruntime.SessionOptions:
+    """As many threads as PyTorch has; they stop spinning when a run ends, so that other sessions can work."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    for key, value in {"session.force_spinning_stop": "1", **config}.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def _placed(program: Program, site: Site) -> Placed:
+    encoding = program.encoding(site.weight)
+    arrays = program.stored_arrays(site.weight).values() if encoding else [program.weight_value(site.weight)]
+    size = sum(a.nbytes for a in arrays)
+    return Placed(site.path, str(encoding or "dense"), site.kind, _activations(site), node_macs(site.node), size)
+
+
+def _chosen(site: Placed, lowering: Lowering, rows: Mapping[str, int]) -> Placed:
+    form = lowering.chosen.get(site.path)
+    return replace(site, form=form, speed=lowering.speeds.of(form, rows.get(site.path, 1))) if form else site
 
 
 def _activations(site: Site) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -18,10 +18,12 @@ Array = NDArray[np.generic]
 
 @dataclass(frozen=True)
 class Integers:
-    """w = (codes − zero) · scale. `codes` int32 in the weight's shape; `scale` float32 `[rows, G]`; `zero` likewise.
+    """w = (codes − zero) · scale. `codes` int32 in the weight's shape, or `[O, I]`
+    where there are blocks; `scale` float32 `[rows, G]`; `zero` likewise.
 
     `block` is the number of consecutive weights of the flattened input axis under one scale; 0: the whole row;
-    −1: the whole tensor.
+    −1: the whole tensor. `axis` of `codes` is that along which ONNX counts scales: rows, or the input where it has
+    blocks.
     """
 
     codes: NDArray[np.int32]
@@ -29,10 +31,16 @@ class Integers:
     zero: NDArray[np.int32] | None
     bits: int
     block: int
+    axis: int = 0
 
     @property
     def per_channel(self) -> bool:
         return self.block in (0, -1)
+
+    def transposed(self) -> Integers:
+        """Of a matrix: `[O, I]` → `[I, O]`, scales with it."""
+        zero = None if self.zero is None else self.zero.T
+        return replace(self, codes=self.codes.T, scale=self.scale.T, zero=zero, axis=1 - self.axis)
 
     def storage(self) -> Any:
         """The narrowest ONNX integer that holds the codes, standard since opset 21 for 4 bits."""
@@ -80,11 +88,12 @@ def _from_sparse(pattern: NM, values: Affine, arrays: Arrays, shape: tuple[int, 
 def _make(codes: torch.Tensor, parameters: Parameters, bits: int, block: int) -> Integers:
     zero = parameters.get("zero")
     return Integers(
-        codes.to(torch.int32).numpy(),
+        (codes.flatten(1) if block > 0 else codes).to(torch.int32).numpy(),
         parameters["scale"].float().numpy(),
         None if zero is None else zero.to(torch.int32).numpy(),
         bits,
         block,
+        axis=1 if block > 0 else 0,
     )
 
 

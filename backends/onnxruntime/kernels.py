@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import onnx
 import onnxruntime
 
 from ...compiler.backend import Row
+from .speeds import load_speeds
 
 #: the fast integer kernels
 _INTEGER = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv"}
@@ -24,10 +26,24 @@ _READERS = {*_INTEGER, *_FLOATING, "MatMulNBits", "GatherBlockQuantized"}
 _PROFILE_RUNS = 5
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A site of the program and what was chosen for it; `speed` is predicted, in multiples of the fp32 operator."""
+
+    path: str
+    encoding: str
+    kind: str
+    activations: str
+    macs: int
+    bytes: int
+    form: str = ""
+    speed: float | None = None
+
+
 def explain_session(
     start: Callable[[onnxruntime.SessionOptions], onnxruntime.InferenceSession],
     options: onnxruntime.SessionOptions,
-    settings: Mapping[str, Any],
+    sites: Sequence[Placed],
     feeds: Mapping[str, Any],
 ) -> list[Row]:
     """Start a profiled session, run it, and look up every site in its optimised graph."""
@@ -40,8 +56,8 @@ def explain_session(
             session.run(None, dict(feeds))
         times = _node_times(Path(session.end_profiling()))
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
-    nodes = _by_site(graph, settings["sites"])
-    return [_row(site, nodes.get(site[0]), times) for site in settings["sites"] if site[2] != "norm"]
+    nodes, peaks = _by_site(graph, sites), load_speeds().peaks
+    return [_row(site, nodes.get(site.path), times, peaks) for site in sites if site.kind != "norm"]
 
 
 def _node_times(profile: Path) -> dict[str, float]:
@@ -54,9 +70,10 @@ def _node_times(profile: Path) -> dict[str, float]:
     return {name: sorted(durations)[len(durations) // 2] for name, durations in events.items()}
 
 
-def _by_site(graph: onnx.GraphProto, sites: Sequence[Sequence[str]]) -> dict[str, onnx.NodeProto]:
+def _by_site(graph: onnx.GraphProto, sites: Sequence[Placed]) -> dict[str, onnx.NodeProto]:
     """Site → the node that reads its weight: by the node's name, else by the name of the stored tensor."""
-    known, kinds = {site[0] for site in sites}, {site[0]: site[2] for site in sites}
+    kinds = {site.path: site.kind for site in sites}
+    known = set(kinds)
     found: dict[str, onnx.NodeProto] = {}
     for node in graph.node:
         if node.op_type in (*_READERS, "Gather") and node.name in known:
@@ -81,14 +98,17 @@ def _owner(name: str, known: set[str]) -> str | None:
     return path if separator and path in known else None
 
 
-def _row(site: Sequence[str], node: onnx.NodeProto | None, times: Mapping[str, float]) -> Row:
-    path, encoding, kind, activations = site
+def _row(site: Placed, node: onnx.NodeProto | None, times: Mapping[str, float], peaks: Mapping[str, float]) -> Row:
     if node is None:
-        return Row(
-            path, encoding, "folded away or fused", False, note="no node of the optimised graph reads its weight"
-        )
-    kernel, fast, note = _describe(node, encoding, kind, activations)
-    return Row(path, encoding, kernel, fast, times.get(node.name), note)
+        note = "no node of the optimised graph reads its weight"
+        return Row(site.path, site.encoding, "folded away or fused", False, note=note)
+    kernel, fast, note = _describe(node, site.encoding, site.kind, site.activations)
+    taken = times.get(node.name)
+    least = 0.0
+    if site.macs:
+        peak = peaks["int8" if node.op_type in _INTEGER else "fp32"]
+        least = max(2 * site.macs / peak, site.bytes / peaks["memory"]) / 1e6
+    return Row(site.path, site.encoding, kernel, fast, taken, note, site.speed, least / taken if taken else None)
 
 
 def _describe(node: onnx.NodeProto, encoding: str, kind: str, activations: str) -> tuple[str, bool, str]:
@@ -105,7 +125,7 @@ def _describe(node: onnx.NodeProto, encoding: str, kind: str, activations: str) 
     if kind == "embedding":
         return f"{node.op_type} of {'codes' if encoding != 'dense' else 'float rows'}", encoding != "dense", ""
     kernel = _FLOATING.get(node.op_type, node.op_type)
-    note = "" if encoding == "dense" else "not accelerated: the weight is decoded to floating point"
+    note = "" if encoding == "dense" else "not accelerated: small on disk, decoded to fp32 when the session starts"
     if encoding.startswith("NM(") and ("values=" not in encoding or "values=Dense" in encoding):
         note = "not accelerated: ONNX Runtime has no n:m kernel, the zeros are stored and multiplied"
     return kernel, False, note

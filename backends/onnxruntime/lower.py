@@ -7,7 +7,7 @@ respect to the eager reference up to float rounding, unless it says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,22 +17,24 @@ import torch
 from numpy.typing import NDArray
 from onnx_ir import tape
 
-from ...compiler.dialect.activations import FLOATS, INTEGERS
+from ...compiler.dialect.activations import FLOATS, INTEGERS, UNSIGNED
 from ...compiler.encodings import parse_encoding
 from ...compiler.errors import LoweringError
-from .integers import Integers, integers, pack_bits
-
-MICROSOFT = "com.microsoft"
-#: block sizes the MatMulNBits kernel takes
-_BLOCKS = (16, 32, 64, 128, 256)
+from .forms import FORMS, MICROSOFT, Linear
+from .integers import Integers, integers
+from .speeds import Speeds
 
 
 @dataclass
 class Lowering:
-    """The state of one lowering: the model, the target, the quantised activations and the constants made so far."""
+    """The state of one lowering: the model, the target, how many rows each site multiplies, which form is how fast;
+    then the form chosen for each site, the quantised activations and the constants made so far."""
 
     model: ir.Model
     target: str
+    rows: Mapping[str, int] = field(default_factory=dict)
+    speeds: Speeds = field(default_factory=Speeds)
+    chosen: dict[str, str] = field(default_factory=dict)
     quantised: dict[tuple[ir.Value | str | None, ...], tuple[ir.Value, ...]] = field(default_factory=dict)
     made: dict[str, ir.Value] = field(default_factory=dict)
 
@@ -98,13 +100,14 @@ class Lowering:
     def replace(self, node: ir.Node, value: ir.Value) -> None:
         """Let `value` stand in for the node's only output; graph outputs keep their names."""
         old = node.outputs[0]
+        value.shape, value.type = value.shape or old.shape, value.type or old.type
         if old.is_graph_output():
             name = old.name
             value = self.emit(node, "Identity", [value])
             graph = self.model.graph
             graph.outputs[graph.outputs.index(old)] = value
             old.name, value.name = f"{name}_before_lowering", name
-            value.type, value.shape = old.type, old.shape
+            value.shape, value.type = old.shape, old.type
         ir.convenience.replace_all_uses_with(old, value)
         self.model.graph.remove(node, safe=True)
 
@@ -119,12 +122,17 @@ class Lowering:
         if stored is None:
             self.replace(node, self._float_linear(node, x, weight, bias, site))
             return
-        for rule in (self._integer_matmul, self._nbits_matmul, self._dequantised_matmul):
-            result = rule(node, x, stored, bias, site)
-            if result is not None:
-                self.replace(node, result)
-                return
-        self.replace(node, self._float_linear(node, x, weight, bias, site))
+        quantiser = _quantiser(x)
+        code, granularity = (_text(quantiser, key) for key in ("code", "granularity")) if quantiser else ("", "")
+        linear = Linear(node, x, stored, bias, site, quantiser, code, granularity)
+        self.chosen[site] = name = self.speeds.fastest(self.fitting(linear), self.rows.get(site, 1))
+        self.replace(node, FORMS[name].emit(self, linear))
+
+    def fitting(self, linear: Linear) -> list[str]:
+        """Names of the forms that this target may use and that fit."""
+        return [
+            name for name, form in FORMS.items() if form.standard >= (not self.contrib) and not form.refusal(linear)
+        ]
 
     def _float_linear(self, node: ir.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None, site: str) -> ir.Value:
         """x·Wᵀ + b in floating point: Gemm for a matrix, MatMul with the transposed weight otherwise."""
@@ -136,99 +144,52 @@ class Lowering:
         else:
             transposed = self.emit(node, "Transpose", [weight], {"perm": [1, 0]})
         product = self.emit(node, "MatMul", [x, transposed], name=site)
-        return self._add_bias(node, product, bias)
+        return self.add_bias(node, product, bias)
 
-    def _add_bias(self, node: ir.Node, product: ir.Value, bias: ir.Value | None) -> ir.Value:
+    def add_bias(self, node: ir.Node, product: ir.Value, bias: ir.Value | None) -> ir.Value:
         return product if bias is None else self.emit(node, "Add", [product, bias])
 
-    def _integer_matmul(
-        self, node: ir.Node, x: ir.Value, stored: Integers, bias: ir.Value | None, site: str
-    ) -> ir.Value | None:
-        """u8 activations × s8 weights, scaled once at the end, for symmetric weights with one scale a channel."""
-        quantiser = _opaque(x, "StaticQuantize") or _opaque(x, "DynamicQuantize")
-        if quantiser is None or not stored.per_channel or stored.zero is not None or _text(quantiser, "code") in FLOATS:
-            return None
-        weight = self.constant(f"{site}.weight.codes_transposed", stored.codes.T.astype(np.int8))
-        width = stored.codes.shape[0]
-        scale = self.constant(f"{site}.weight.scale_channel", np.broadcast_to(stored.scale.ravel(), (width,)))
-        per_token = quantiser.op_type == "DynamicQuantize" and _text(quantiser, "granularity") == "token"
-        if not per_token and self.contrib:
-            return self._contrib_integer_matmul(node, quantiser, weight, scale, bias, site)
-        codes, a_scale, a_zero = self._quantised_input(quantiser)
-        product = self.emit(node, "MatMulInteger", [codes, weight, a_zero], name=site)
-        product = self.emit(node, "Cast", [product], {"to": int(ir.DataType.FLOAT)})
-        if per_token:
-            product = self.emit(node, "Mul", [self.emit(node, "Mul", [product, a_scale]), scale])
-        else:
-            product = self.emit(node, "Mul", [product, self.emit(node, "Mul", [a_scale, scale])])
-        return self._add_bias(node, product, bias)
-
-    def _contrib_integer_matmul(
-        self, node: ir.Node, quantiser: ir.Node, weight: ir.Value, scale: ir.Value, bias: ir.Value | None, site: str
-    ) -> ir.Value:
-        """One reader: DynamicQuantizeMatMul. Several readers or a static range: quantise once, MatMulIntegerToFloat."""
-        readers = len(quantiser.outputs[0].uses())
-        if _text(quantiser, "code") == "int8" and readers == 1 and _key(quantiser) not in self.quantised:
-            inputs = [quantiser.inputs[0], weight, scale, None, bias]
-            return self.emit(node, "DynamicQuantizeMatMul", _trimmed(inputs), domain=MICROSOFT, name=site)
-        codes, a_scale, a_zero = self._quantised_input(quantiser)
-        inputs = [codes, weight, a_scale, scale, a_zero, None, bias]
-        return self.emit(node, "MatMulIntegerToFloat", _trimmed(inputs), domain=MICROSOFT, name=site)
-
-    def _nbits_matmul(
-        self, node: ir.Node, x: ir.Value, stored: Integers, bias: ir.Value | None, site: str
-    ) -> ir.Value | None:
-        """Weight-only blocks: MatMulNBits at accuracy level 1, so that activations stay floating point."""
-        rows, width = stored.codes.shape
-        fits = self.contrib and stored.bits in (3, 4) and stored.block in _BLOCKS and width % stored.block == 0
-        if not fits or _opaque(x, "StaticQuantize") or _opaque(x, "DynamicQuantize"):
-            return None
-        offset = 8 if stored.zero is None else 0
-        blocks = (stored.codes + offset).reshape(rows, width // stored.block, stored.block)
-        packed = self.constant(f"{site}.weight.codes_blocks", pack_bits(blocks, 4))
-        scale = self.constant(f"{site}.weight.scale_blocks", stored.scale)
-        inputs = [x, packed, scale]
-        if stored.zero is not None:
-            padded = np.pad(stored.zero, ((0, 0), (0, stored.zero.shape[1] % 2)))
-            inputs.append(self.constant(f"{site}.weight.zero_blocks", pack_bits(padded, 4)))
-        attributes = {"K": width, "N": rows, "bits": 4, "block_size": stored.block, "accuracy_level": 1}
-        product = self.emit(node, "MatMulNBits", inputs, attributes, domain=MICROSOFT, name=site)
-        return self._add_bias(node, product, bias)
-
-    def _dequantised_matmul(
-        self, node: ir.Node, x: ir.Value, stored: Integers, bias: ir.Value | None, site: str
-    ) -> ir.Value | None:
-        """Standard operators: DequantizeLinear of the weight, then a floating MatMul."""
-        if stored.block > 0:
-            transposed = Integers(
-                stored.codes.T,
-                stored.scale.T,
-                None if stored.zero is None else stored.zero.T,
-                stored.bits,
-                stored.block,
-            )
-            weight = self._dequantise(node, transposed, site, axis=0, shape=stored.codes.T.shape)
-        else:
-            weight = self._dequantise(node, _transposed(stored), site, axis=1, shape=stored.codes.T.shape)
-        product = self.emit(node, "MatMul", [x, weight], name=site)
-        return self._add_bias(node, product, bias)
-
-    def _dequantise(self, node: ir.Node, stored: Integers, site: str, *, axis: int, shape: tuple[int, ...]) -> ir.Value:
-        """DequantizeLinear of constant codes: per tensor, per channel on `axis`, or in blocks along `axis`."""
-        kind = f".axis{axis}"
-        codes = self.constant(f"{site}.weight.codes{kind}", stored.codes.reshape(shape).astype(stored.storage()))
-        scale = stored.scale if stored.block > 0 else stored.scale.ravel()
-        inputs = [
-            codes,
-            self.constant(f"{site}.weight.scale{kind}", scale if stored.block != -1 else scale.reshape(())),
-        ]
-        if stored.zero is not None:
-            zero: NDArray[Any] = (stored.zero if stored.block > 0 else stored.zero.ravel()).astype(stored.storage())
-            inputs.append(self.constant(f"{site}.weight.zero{kind}", zero if stored.block != -1 else zero.reshape(())))
-        attributes: dict[str, Any] = {"axis": axis} if stored.block >= 0 else {}
+    def stored_weight(self, node: ir.Node, stored: Integers, site: str) -> ir.Value:
+        """The weight behind a DequantizeLinear: per tensor, per channel or in blocks along its axis."""
+        codes, scale, zero = self._parts(stored, site)
+        attributes: dict[str, Any] = {"axis": stored.axis} if stored.block >= 0 else {}
         if stored.block > 0:
             attributes["block_size"] = stored.block
-        return self.emit(node, "DequantizeLinear", inputs, attributes)
+        return self.emit(node, "DequantizeLinear", [codes, scale, *([zero] if zero else [])], attributes)  # type: ignore[no-any-return]
+
+    def folded_weight(self, node: ir.Node, stored: Integers, site: str) -> ir.Value:
+        """The weight by plain arithmetic on its codes, which ONNX Runtime does once, when a session starts."""
+        codes, scale, zero = self._parts(stored, site)
+        floating = {"to": int(ir.DataType.FLOAT)}
+        value = self.emit(node, "Cast", [codes], floating)
+        shape, axis = list(stored.codes.shape), stored.axis
+        if stored.block > 0:
+            blocks = [*shape[:axis], -1, stored.block, *shape[axis + 1 :]]
+            value = self._reshape(node, value, blocks)
+            ones = [*stored.scale.shape[: axis + 1], 1, *stored.scale.shape[axis + 1 :]]
+        else:
+            ones = [1] * axis + [-1] + [1] * (len(shape) - axis - 1) if stored.block == 0 else []
+        if zero is not None:
+            value = self.emit(
+                node, "Sub", [value, self._reshape(node, self.emit(node, "Cast", [zero], floating), ones)]
+            )
+        value = self.emit(node, "Mul", [value, self._reshape(node, scale, ones)])
+        return self._reshape(node, value, shape) if stored.block > 0 else value  # type: ignore[no-any-return]
+
+    def _reshape(self, node: ir.Node, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+        target = self.constant(f"shape.{'x'.join(map(str, shape))}", np.array(shape, dtype=np.int64))
+        return self.emit(node, "Reshape", [value, target])  # type: ignore[no-any-return]
+
+    def _parts(self, stored: Integers, site: str) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        """(codes, scale, zero) as ONNX stores them: scales of blocks keep their axis, others are a row or a scalar."""
+        kind, kept = f".axis{stored.axis}", stored.block > 0
+        shape: Any = stored.scale.shape if kept else () if stored.block == -1 else (-1,)
+        codes = self.constant(f"{site}.weight.codes{kind}", stored.codes.astype(stored.storage()))
+        scale = self.constant(f"{site}.weight.scale{kind}", stored.scale.reshape(shape))
+        if stored.zero is None:
+            return codes, scale, None
+        zero = stored.zero.reshape(shape).astype(stored.storage())
+        return codes, scale, self.constant(f"{site}.weight.zero{kind}", zero)
 
     def _embedding(self, node: ir.Node) -> None:
         """Gather rows of codes, then dequantise only those: the table stays quantised in memory."""
@@ -272,7 +233,7 @@ class Lowering:
 
     # -- quantisers -------------------------------------------------------------------------------------------------
 
-    def _quantised_input(self, quantiser: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
+    def quantised_input(self, quantiser: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
         """(codes uint8, scale, zero) of an activation, computed once however many operators read it."""
         source = quantiser.inputs[0]
         assert source is not None
@@ -291,13 +252,14 @@ class Lowering:
         return self.emit(quantiser, "QuantizeLinear", [source, scale, zero]), scale, zero
 
     def _tensor_codes(self, quantiser: ir.Node, source: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        bits = INTEGERS[_text(quantiser, "code")]
-        if bits == 8:
+        bits, token = (INTEGERS | UNSIGNED)[_text(quantiser, "code")], _asymmetric_tokens(quantiser)
+        if bits == 8 and not token:
             codes, scale, zero = self.emit(quantiser, "DynamicQuantizeLinear", [source], outputs=3)
             return codes, scale, zero
         nought = self.constant("range.nought", np.array(0, dtype=np.float32))
+        inputs = [source, *([self.constant("axes.last", np.array([-1], dtype=np.int64))] if token else [])]
         low, high = (
-            self.emit(quantiser, bound, [self.emit(quantiser, reduce, [source], {"keepdims": 0}), nought])
+            self.emit(quantiser, bound, [self.emit(quantiser, reduce, inputs, {"keepdims": int(token)}), nought])
             for bound, reduce in (("Min", "ReduceMin"), ("Max", "ReduceMax"))
         )
         levels = self.constant(f"range.levels{bits}", np.array((1 << bits) - 1, dtype=np.float32))
@@ -314,6 +276,8 @@ class Lowering:
 
     def _token_codes(self, quantiser: ir.Node, source: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Symmetric codes around 128: unsigned, because u8×s8 is the fast product on x86."""
+        if _asymmetric_tokens(quantiser):
+            return self._tensor_codes(quantiser, source)
         scale = self._symmetric_scale(quantiser, source, (1 << INTEGERS[_text(quantiser, "code")] - 1) - 1)
         rounded = self.emit(quantiser, "Round", [self.emit(quantiser, "Div", [source, scale])])
         offset = self.constant("token.offset", np.array(128, dtype=np.float32))
@@ -345,19 +309,18 @@ class Lowering:
         self.replace(node, self.emit(node, "Mul", [values, scale]))
 
     def _static(self, node: ir.Node) -> None:
-        codes, scale, zero = self._quantised_input(node)
+        codes, scale, zero = self.quantised_input(node)
         self.replace(node, self.emit(node, "DequantizeLinear", [codes, scale, zero]))
 
     def _dynamic(self, node: ir.Node) -> None:
         if _text(node, "code") in FLOATS:
             self._floating(node)
             return
-        codes, scale, zero = self._quantised_input(node)
+        codes, scale, zero = self.quantised_input(node)
         if _text(node, "granularity") == "tensor":
             self.replace(node, self.emit(node, "DequantizeLinear", [codes, scale, zero]))
             return
-        values = self.emit(node, "Cast", [codes], {"to": int(ir.DataType.FLOAT)})
-        offset = self.constant("token.offset", np.array(128, dtype=np.float32))
+        values, offset = (self.emit(node, "Cast", [v], {"to": int(ir.DataType.FLOAT)}) for v in (codes, zero))
         self.replace(node, self.emit(node, "Mul", [self.emit(node, "Sub", [values, offset]), scale]))
 
     def _decode(self, node: ir.Node) -> None:
@@ -365,18 +328,30 @@ class Lowering:
         site, stored = _site(node.inputs[0]), _integers(node)
         shape = tuple(_ints(node, "shape"))
         if stored is None:
-            dense = _dense(node)
-            value = self.constant(f"{site}.weight.dense", dense.numpy())
-        elif stored.block > 0 and len(shape) != 2:
-            flat = Integers(stored.codes.reshape(shape[0], -1), stored.scale, stored.zero, stored.bits, stored.block)
-            value = self._dequantise(node, flat, site, axis=1, shape=flat.codes.shape)
-            target = self.constant(f"{site}.weight.shape", np.array(shape, dtype=np.int64))
-            value = self.emit(node, "Reshape", [value, target])
+            value = self.constant(f"{site}.weight.dense", _dense(node).numpy())
         else:
-            value = self._dequantise(node, stored, site, axis=1 if stored.block > 0 else 0, shape=shape)
+            # beside a static input stands the DequantizeLinear that ONNX Runtime fuses with it
+            fused = any(_reads_static(user) for user, _ in node.outputs[0].uses())
+            weight = self.folded_weight if self.contrib and not fused else self.stored_weight
+            value = weight(node, stored, site)
+            if tuple(stored.codes.shape) != shape:
+                value = self._reshape(node, value, shape)
         if node.outputs[0].dtype not in (None, ir.DataType.FLOAT):
             value = self.emit(node, "Cast", [value], {"to": int(node.outputs[0].dtype)})
         self.replace(node, value)
+
+
+def _reads_static(node: ir.Node) -> bool:
+    """Whether a node's first input is an activation of known range, lowered already or not."""
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if source is not None and source.op_type == "DequantizeLinear" and source.inputs[0] is not None:
+        source = source.inputs[0].producer()
+        return source is not None and source.op_type == "QuantizeLinear"
+    return source is not None and source.op_type == "StaticQuantize"
+
+
+def _quantiser(value: ir.Value | None) -> ir.Node | None:
+    return _opaque(value, "StaticQuantize") or _opaque(value, "DynamicQuantize")
 
 
 def required_opset(encodings: Sequence[Any], codes: Sequence[str], base: int) -> int:
@@ -409,9 +384,13 @@ def _text(node: ir.Node, name: str) -> str:
     return attribute.as_string() if attribute is not None else ""
 
 
+def _asymmetric_tokens(quantiser: ir.Node) -> bool:
+    return _text(quantiser, "granularity") == "token" and _text(quantiser, "code") in UNSIGNED
+
+
 def _key(quantiser: ir.Node) -> tuple[ir.Value | str | None, ...]:
-    """What makes two quantisers one: the value they read, and how."""
-    return (quantiser.inputs[0], quantiser.op_type, _text(quantiser, "granularity"), _text(quantiser, "code"))
+    """What makes two quantisers one: the value and the range they read, and how."""
+    return (*quantiser.inputs, quantiser.op_type, _text(quantiser, "granularity"), _text(quantiser, "code"))
 
 
 def _ints(node: ir.Node, name: str) -> Sequence[int]:
@@ -454,7 +433,3 @@ def _dense(node: ir.Node) -> torch.Tensor:
     encoding, arrays, shape = _stored(node)
     dense: torch.Tensor = encoding.decode(arrays, shape).contiguous()
     return dense
-
-
-def _transposed(stored: Integers) -> Integers:
-    return Integers(stored.codes.T, stored.scale, stored.zero, stored.bits, stored.block)

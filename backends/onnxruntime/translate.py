@@ -156,7 +156,7 @@ def translate(program: Program, opset: int) -> ir.Model:
                 exported,
                 dynamo=True,
                 opset_version=opset,
-                input_names=[n.name for n in program.placeholders],
+                input_names=program.interface.input_names(),
                 output_names=names,
                 optimize=False,
                 verbose=False,

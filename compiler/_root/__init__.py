@@ -13,6 +13,7 @@ _PUBLIC = {
     "CompiledModel": "driver",
     "load": "artifact",
     "capture": "capture",
+    "CausalLM": "causal",
     "Program": "program",
     "Pass": "passes",
     "SitePass": "passes",
@@ -29,6 +30,7 @@ _PUBLIC = {
     "AttentionReceived": "statistics",
     "ChannelMean": "statistics",
     "ChannelMax": "statistics",
+    "Histogram": "statistics",
     "MinMax": "statistics",
     "Sample": "statistics",
     "Encoding": "encodings",
@@ -89,6 +91,8 @@ _PASSES = (
     "PruneNM",
     "PruneTokens",
     "Quantize",
+    "QuantizeCache",
+    "Reconstruct",
     "ReduceTokens",
     "Rotate",
     "Smooth",
@@ -101,6 +105,7 @@ if TYPE_CHECKING:
     from paretoc.compiler.backend import Explanation as Explanation
     from paretoc.compiler.backend import Row as Row
     from paretoc.compiler.capture import capture as capture
+    from paretoc.compiler.causal import CausalLM as CausalLM
     from paretoc.compiler.driver import CompiledModel as CompiledModel
     from paretoc.compiler.driver import compile as compile
     from paretoc.compiler.encodings import NF4 as NF4
@@ -161,6 +166,7 @@ if TYPE_CHECKING:
     from paretoc.compiler.statistics import ChannelMean as ChannelMean
     from paretoc.compiler.statistics import Derived as Derived
     from paretoc.compiler.statistics import Hessian as Hessian
+    from paretoc.compiler.statistics import Histogram as Histogram
     from paretoc.compiler.statistics import MinMax as MinMax
     from paretoc.compiler.statistics import Sample as Sample
     from paretoc.compiler.statistics import Statistic as Statistic
@@ -172,6 +178,8 @@ if TYPE_CHECKING:
     from paretoc.passes import PruneNM as PruneNM
     from paretoc.passes import PruneTokens as PruneTokens
     from paretoc.passes import Quantize as Quantize
+    from paretoc.passes import QuantizeCache as QuantizeCache
+    from paretoc.passes import Reconstruct as Reconstruct
     from paretoc.passes import ReduceTokens as ReduceTokens
     from paretoc.passes import Rotate as Rotate
     from paretoc.passes import Smooth as Smooth

@@ -6,6 +6,8 @@ call: of the whole tensor (ONNX DynamicQuantizeLinear) or of each token (last ax
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,12 +27,21 @@ def reference_fake_quantize(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((codes - offset) * scale).to(x.dtype)
 
 
+def affine_parameters(low: Tensor, high: Tensor, levels: int = 255) -> tuple[Tensor, Tensor]:
+    """Ranges, widened to contain 0 → scale and zero point, float32, of codes 0 … levels that store 0 exactly."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low) / levels
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return scale, torch.round((-low / scale).clamp(0, levels))
+
+
 @torch.library.custom_op("paretoc::fake_quantize_dynamic", mutates_args=())
 def fake_quantize_dynamic(x: Tensor, granularity: str, code: str = "int8") -> Tensor:
-    """Quantise with a range found at run time; `code` is int2 … int8, e4m3 or e5m2.
+    """Quantise with a range found at run time; `code` is int2 … int8, uint2 … uint8, e4m3 or e5m2.
 
     granularity "tensor": one range; integers unsigned and asymmetric, with int8 exactly ONNX DynamicQuantizeLinear.
-    granularity "token": symmetric, over the last axis; scale = max|x| / the largest code, as with floating codes.
+    granularity "token": over the last axis; int… symmetric, scale = max|x| / the largest code, as with floating codes,
+    uint… asymmetric, so that what lies on one side of zero (the output of a GELU) has all codes there.
     """
     return reference_fake_quantize_dynamic(x, granularity, code)
 
@@ -38,25 +49,32 @@ def fake_quantize_dynamic(x: Tensor, granularity: str, code: str = "int8") -> Te
 #: floating-point codes → their PyTorch type
 FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 INTEGERS = {f"int{bits}": bits for bits in range(2, 9)}
+#: integer codes that are asymmetric for each token too
+UNSIGNED = {f"u{code}": bits for code, bits in INTEGERS.items()}
+CODES = (*INTEGERS, *UNSIGNED, *FLOATS)
 
 
 def reference_fake_quantize_dynamic(x: Tensor, granularity: str, code: str = "int8") -> Tensor:
     values = x.float()
-    if code not in FLOATS and code not in INTEGERS:
-        raise ValueError(f"{code!r} is not an activation code; there are {', '.join([*INTEGERS, *FLOATS])}")
-    if granularity == "token" or code in FLOATS:
+    if code not in CODES:
+        raise ValueError(f"{code!r} is not an activation code; there are {', '.join(CODES)}")
+    if code in FLOATS or (granularity == "token" and code in INTEGERS):
         peak = values.abs().amax(-1, keepdim=True) if granularity == "token" else values.abs().amax()
         top = torch.finfo(FLOATS[code]).max if code in FLOATS else (1 << INTEGERS[code] - 1) - 1
         scale = peak.clamp(min=1e-8) / top
         shrunk = (values / scale).clamp(-top, top)
         rounded = shrunk.to(FLOATS[code]).float() if code in FLOATS else torch.round(shrunk)
         return (rounded * scale).to(x.dtype)
-    low, high, levels = values.amin().clamp(max=0), values.amax().clamp(min=0), (1 << INTEGERS[code]) - 1
-    scale = (high - low) / levels
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    zero = torch.round((-low / scale).clamp(0, levels))
+    levels = (1 << (INTEGERS | UNSIGNED)[code]) - 1
+    scale, zero = tensor_range(values, levels, granularity == "token")
     codes = (torch.round(values / scale) + zero).clamp(0, levels)
     return ((codes - zero) * scale).to(x.dtype)
+
+
+def tensor_range(values: Tensor, levels: int, token: bool = False) -> tuple[Tensor, Tensor]:
+    """The parameters of the range of all values, float32 `[]`, or of each token `[…, 1]`."""
+    low, high = (values.amin(-1, True), values.amax(-1, True)) if token else (values.amin(), values.amax())
+    return affine_parameters(low, high, levels)
 
 
 @fake_quantize.register_fake
@@ -67,3 +85,15 @@ def _(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 @fake_quantize_dynamic.register_fake
 def _(x: Tensor, granularity: str, code: str = "int8") -> Tensor:
     return torch.empty_like(x)
+
+
+@fake_quantize.register_autograd
+def _(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    """Straight through."""
+    return gradient, None, None
+
+
+@fake_quantize_dynamic.register_autograd
+def _(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    """Straight through: nothing is clipped."""
+    return gradient, None, None

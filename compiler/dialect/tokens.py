@@ -21,7 +21,7 @@ def bipartite_match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Ten
     return reference_bipartite_match(metric, r, protected)
 
 
-def _check_match(tokens: int, r: int, protected: int) -> None:
+def check_match(tokens: int, r: int, protected: int) -> None:
     movable, receivers = (tokens + 1) // 2 - (protected + 1) // 2, tokens // 2 - protected // 2
     if receivers <= 0 or not 0 <= r <= movable:
         raise ValueError(
@@ -31,21 +31,27 @@ def _check_match(tokens: int, r: int, protected: int) -> None:
 
 
 def reference_bipartite_match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
-    _check_match(metric.shape[1], r, protected)
+    check_match(metric.shape[1], r, protected)
     metric = normalize(metric.float(), dim=-1)
     in_a, in_b = (protected + 1) // 2, protected // 2
     scores = metric[:, ::2][:, in_a:] @ metric[:, 1::2][:, in_b:].transpose(-1, -2)
-    best, partner = scores.max(-1)
+    return select_pairs(*scores.max(-1), r, protected)
+
+
+def select_pairs(best: Tensor, partner: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The scores of the movable tokens of A, and their partners among the receivers, `[B, A]` → the result of the
+    match: the r best pairs."""
+    in_a, in_b = (protected + 1) // 2, protected // 2
     order = torch.sort(best, dim=-1, descending=True, stable=True).indices
     source, rest = order[:, :r], order[:, r:].sort(-1).values
-    leading = torch.arange(in_a, device=metric.device).expand(metric.shape[0], in_a)
+    leading = torch.arange(in_a, device=best.device).expand(best.shape[0], in_a)
     unmerged = torch.cat([leading, rest + in_a], dim=1)
     return unmerged, source + in_a, partner.gather(1, source) + in_b
 
 
 @bipartite_match.register_fake
 def _(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
-    _check_match(metric.shape[1], r, protected)
+    check_match(metric.shape[1], r, protected)
     batch, half = metric.shape[0], (metric.shape[1] + 1) // 2
     kinds = {"dtype": torch.int64, "device": metric.device}
     return (

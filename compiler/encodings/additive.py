@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import OptionError
 from .base import Arrays, Encoding, Fit, Shape
 from .packing import pack, packed_size, unpack
-from .scales import SCALES
+from .scales import SCALES, check_reach
 
 _DIMS = (2, 3, 4, 5, 6, 7, 8, 16)
 _ROUNDS = 20
@@ -90,6 +90,10 @@ class Additive(Encoding):
             arrays["codes_high"] = ((rows, packed_size(count, self.bits - 8)), torch.uint8)
         arrays["codebooks"] = ((self.codebooks, self.entries, self.dim), torch.float16)
         return arrays | SCALES[self.scale].layout(rows, 1)
+
+    def check(self, weight: Tensor) -> None:
+        super().check(weight)
+        check_reach(self, weight.abs().max().float(), self.round_scale)
 
     def encode(self, weight: Tensor, fit: Fit | None = None) -> Arrays:
         if fit is not None:

@@ -2,7 +2,7 @@
 
 Symmetric: scale = max|w| / (2^(b−1) − 1), codes −Q…Q (the extra negative level is left out, so that a code and its
 negation both exist). Asymmetric: the range is widened to contain 0, which is then stored exactly; with a floating
-zero point it is the range itself.
+zero point it is the range itself, and of one bit the range between the means below and above the mean.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ class Affine(Scaled):
         low, high = grouped.amin(-1), grouped.amax(-1)
         if self.zero == "integer":
             low, high = low.clamp(max=0), high.clamp(min=0)
+        elif self.bits == 1:
+            low, high = _halves(grouped)
         # a group of one value, under a floating zero point, is its own range
         peak = torch.where(low == high, low.abs(), high - low)
         parameters = self.round_scale(peak, self.levels, shrink)
@@ -117,3 +119,11 @@ class Affine(Scaled):
                 zero if self.zero == "float" else unpack(zero, self.bits, self.grid(shape)[1]).to(torch.float32)
             )
         return codes, parameters
+
+
+def _halves(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """The means of the values up to the mean of each group of `[R, G, n]`, and of those above it."""
+    values = grouped.double()
+    above = values > values.mean(-1, keepdim=True)
+    high, low = ((values * side).sum(-1) / side.sum(-1).clamp(min=1) for side in (above, ~above))
+    return low.float(), torch.where(above.any(-1), high, low).float()

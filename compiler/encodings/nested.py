@@ -70,6 +70,8 @@ class Nested(Scaled):
 
     def parameters(self, grouped: Tensor, shrink: Tensor | float = 1.0) -> Parameters:
         largest = ((1 << self.read - 1) - 1) * self.step
+        if self.scale == "e8m0-ceil" and self.step > 1:
+            largest += 1  # scales are up to twice as large: the half of a step that is left would be read as zero
         return self.round_scale(grouped.abs().amax(-1), largest, shrink)
 
     def quantize(self, grouped: Tensor, parameters: Parameters) -> Tensor:

@@ -77,6 +77,14 @@ class NM(Encoding):
             arrays["indices_high"] = ((rows, packed_size(groups, high)), torch.uint8)
         return arrays
 
+    def check(self, weight: Tensor) -> None:
+        super().check(weight)
+        self.values.check(self._packed(weight, self.kept(weight)))
+
+    def _packed(self, weight: Tensor, kept: Tensor) -> Tensor:
+        """The kept weights `[O, I·n/m]`."""
+        return self._channels_last(weight).gather(-1, kept).reshape(self._value_shape(tuple(weight.shape)))
+
     def _split_bits(self) -> tuple[int, int]:
         return min(self.index_bits, 8), max(self.index_bits - 8, 0)
 
@@ -104,10 +112,8 @@ class NM(Encoding):
         return self._channels_first(mask, tuple(weight.shape))
 
     def encode(self, weight: Tensor, fit: Fit | None = None) -> Arrays:
-        shape = tuple(weight.shape)
         kept = self.kept(weight)
-        values = self._channels_last(weight).gather(-1, kept).reshape(self._value_shape(shape))
-        arrays = {f"values.{k}": v for k, v in self.values.encode(values, fit).items()}
+        arrays = {f"values.{k}": v for k, v in self.values.encode(self._packed(weight, kept), fit).items()}
         return arrays | self._pack_indices(kept)
 
     def _pack_indices(self, kept: Tensor) -> Arrays:

@@ -15,12 +15,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes `[..., n]` in 0…2^bits-1 (any integer dtype) → uint8 `[..., ceil(n·bits/8)]`."""
     if bits == 8:
         return codes.to(torch.uint8).contiguous()
-    count = codes.shape[-1]
-    shifts = torch.arange(bits, device=codes.device)
-    stream = ((codes.to(torch.int32).unsqueeze(-1) >> shifts) & 1).flatten(-2)
-    stream = torch.nn.functional.pad(stream, (0, packed_size(count, bits) * 8 - count * bits))
-    octets = stream.reshape(*stream.shape[:-1], -1, 8)
-    return (octets << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+    field = bits if 8 % bits == 0 else 1  # what is put into a byte at once: whole codes, or their bits
+    fields = codes.to(torch.uint8)
+    if field < bits:
+        fields = (fields.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device) & 1).flatten(-2)
+    fields = torch.nn.functional.pad(fields, (0, -fields.shape[-1] % (8 // field)))
+    packed = fields[..., :: 8 // field].clone()
+    for place in range(1, 8 // field):
+        packed |= fields[..., place :: 8 // field] << place * field
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:

@@ -52,9 +52,10 @@ class LowRank(Encoding):
         super().check(weight)
         # no entry of u or v exceeds the root of the largest singular value, nor that the root of the norm
         bound, limit = float(weight.double().norm().sqrt()), torch.finfo(getattr(torch, self.dtype)).max
-        if bound > limit:
+        limit = min(limit, 2.0**63)  # the product of two is finite
+        if not bound <= limit:
             raise OptionError(
-                f"{self.dtype} ends at {limit:g}, the factors of this weight may reach {bound:.3g}",
+                f"factors in {self.dtype} end at {limit:g}, those of this weight may reach {bound:.3g}",
                 where=f"a weight of shape {list(weight.shape)}",
                 fix="use LowRank(dtype='float32')",
             )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import OptionError, did_you_mean
 from .base import Arrays, Encoding, Fit, Shape
-from .scales import SCALES, Parameters
+from .scales import SCALES, Parameters, check_reach
 
 
 class Scaled(Encoding):
@@ -78,8 +78,9 @@ class Scaled(Encoding):
             return rows, 1, columns
         if columns % self.group:
             divisors = [d for d in (16, 32, 64, 128, 256) if columns % d == 0]
+            fault = "does not divide" if self.group < columns else "is larger than"
             raise OptionError(
-                f"group size {self.group} does not divide the input width {columns}",
+                f"group size {self.group} {fault} the input width {columns}",
                 where=f"a weight of shape {list(shape)}",
                 fix=f"use {' or '.join(map(str, divisors))}" if divisors else "use group=0 (one scale per channel)",
             )
@@ -94,6 +95,12 @@ class Scaled(Encoding):
         that this format holds; a group of zeros has some scale too."""
         return SCALES[self.scale].round(peak, top, shrink)
 
+    def check(self, weight: Tensor) -> None:
+        super().check(weight)
+        groups = self.grouped(weight).flatten(0, 1)
+        largest = groups[groups.abs().amax(-1).argmax()].reshape(1, 1, -1)
+        check_reach(self, largest, lambda group: self.parameters(group)["scale"])
+
     def encode(self, weight: Tensor, fit: Fit | None = None) -> Arrays:
         if fit is not None:
             return fit(self, weight)
@@ -103,4 +110,5 @@ class Scaled(Encoding):
 
     def decode(self, arrays: Arrays, shape: Shape) -> Tensor:
         codes, parameters = self.load(arrays, shape)
-        return self.dequantize(codes.to(torch.float32), parameters).reshape(shape)
+        codes = codes.to(torch.float32)  # of a large weight each copy counts
+        return self.dequantize(codes, parameters).reshape(shape)

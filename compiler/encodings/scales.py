@@ -18,12 +18,14 @@ count as they are, so MXINT8, whose standard writes them as multiples of 2^−6,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .base import Arrays, Shape
+from ..errors import OptionError
+from .base import Arrays, Encoding, Shape
 
 Parameters = dict[str, Tensor]
 #: the positive numbers of E4M3 (torch.float8_e4m3fn), by code; the next code is NaN
@@ -32,6 +34,8 @@ _E4M3: list[float] = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3
 _LEAST, _LARGEST, _BIAS = -127, 127, 127
 #: 2^−n with a larger n would leave the range in which E2M1 · 2^−n is an exact E4M3 number
 _LARGEST_SHIFT = 8
+#: the largest weight of a tensor: above, the difference of two may overflow; below, float32 is subnormal, as good as 0
+_TOO_LARGE, _AS_ZERO = 2.0**126, 2.0**-126
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -159,3 +163,22 @@ SCALES: dict[str, Number | Exponent | Shift | TwoLevel] = {
     "shift": Shift(),
     "e4m3": TwoLevel(),
 }
+
+
+def check_reach(encoding: Encoding, weights: Tensor, scale_of: Callable[[Tensor], Tensor]) -> None:
+    """Raise OptionError unless weights that share a scale, float32, get the right one, within one half of it.
+
+    The right one is what they would have at a size near 1, where every format is at its best.
+    """
+    peak = float(weights.abs().max())
+    if peak < _AS_ZERO:
+        return
+    finite = peak <= _TOO_LARGE  # not a number is not, either
+    unit = 2.0 ** -math.frexp(peak)[1] if finite else 1.0
+    ratio = float(scale_of(weights)) / float(scale_of((weights.double() * unit).float())) * unit if finite else 0.0
+    if not 0.5 <= ratio <= 1.5:
+        raise OptionError(
+            f"no scale of {encoding} fits weights up to {peak:.3g}",
+            where=f"the largest of {weights.numel()} weights that share a scale",
+            fix="use scale='float32', which reaches from 1e-38 to 8e37",
+        )

@@ -22,7 +22,10 @@ from ...compiler.sites import Site, attention_of
 from ...compiler.statistics import AttentionReceived, Derived, Hessian, Statistic, WeightedHessian
 from .matrix import Matrix, refusal
 from .mse import best_shrink
-from .obs import Swept, sweep
+from .obs import inverse_factor, singular, sweep
+
+#: weights that are swept together
+_SWEPT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -89,29 +92,30 @@ class Gptq:
         whole = self.static_groups or self.act_order or matrix.whole
         grams = matrix.grams(evidence)
         fixed = self._search(matrix.values, matrix.grouped, _costs(matrix, grams)) if whole else None
+        codes = torch.zeros_like(matrix.dense)
         for rows, gram in grams:
-            rounding = _Rounding(self, matrix, rows, fixed)
-            damping = max(damping, self._sweep(rounding, gram).damping)
-            parts.append(rounding)
-        if damping > self.damp:
+            order = gram.diagonal().argsort(descending=True, stable=True) if self.act_order else None
+            factor, share = inverse_factor(gram if order is None else gram[order][:, order], self.damp)
+            damping = max(damping, share)
+            for some in _slices(rows, gram.shape[0]):
+                parts.append(_Rounding(self, matrix, some, fixed, codes[some]))
+                self._sweep(parts[-1], factor, order)
+        if damping > self.damp or any(singular(gram) for _, gram in grams):
             warn(
-                f"the Hessian of its inputs is singular: {damping:.3g} of the mean of its diagonal was added to it, "
-                f"not {self.damp:g}; use more calibration data"
+                f"the Hessian of its inputs is singular: {damping:.3g} of the mean of its diagonal was added to it; "
+                "use more calibration data"
             )
-        codes = torch.cat([part.codes for part in parts])
         return matrix.store(codes, _joined(parts) if fixed is None else fixed)
 
-    def _sweep(self, rounding: _Rounding, gram: Tensor) -> Swept:
-        order = gram.diagonal().argsort(descending=True, stable=True) if self.act_order else None
-        return sweep(
+    def _sweep(self, rounding: _Rounding, factor: Tensor, order: Tensor | None) -> None:
+        sweep(
             rounding.dense,
-            gram,
+            factor,
             rounding,
             mask=rounding.mask,
             enter=rounding.enter if rounding.fixed is None else None,
             group=rounding.group,
             order=order,
-            damp=self.damp,
             block=self.block,
         )
 
@@ -121,14 +125,20 @@ class Gptq:
         return values.parameters(grouped, best_shrink(values, grouped, self.norm, cost if self.clip_by_cost else None))
 
 
-class _Rounding:
-    """Rounds the columns of some rows of a matrix, each under the parameters of its group, and keeps the codes."""
+def _slices(rows: slice, width: int) -> list[slice]:
+    """Rows that are swept together: their float64 copy takes 128 MiB at most."""
+    step = max(_SWEPT // width, 1)
+    return [slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
 
-    def __init__(self, fitter: Gptq, matrix: Matrix, rows: slice, fixed: Parameters | None) -> None:
+
+class _Rounding:
+    """Rounds the columns of some rows of a matrix, each under the parameters of its group, into `codes`."""
+
+    def __init__(self, fitter: Gptq, matrix: Matrix, rows: slice, fixed: Parameters | None, codes: Tensor) -> None:
         self.fitter, self.values, self.group, self.fixed = fitter, matrix.values, matrix.group, fixed
         self.dense = matrix.dense[rows]
         self.mask = None if matrix.mask is None else matrix.mask[rows]
-        self.codes = torch.zeros_like(self.dense)
+        self.codes = codes
         self.groups: list[Parameters] = []
         if fixed is not None:
             own = fixed if matrix.grid[0] == 1 else {k: v[rows] for k, v in fixed.items()}

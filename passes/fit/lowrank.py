@@ -55,6 +55,6 @@ class LowRankFit:
 def weighed_factors(matrix: Tensor, hessian: Tensor, rank: int, damp: float) -> tuple[Tensor, Tensor]:
     """M `[O, K]`, H `[K, K]`, both float64 → u `[O, rank]`, v `[rank, K]`, whose product is nearest to M under H."""
     mean = hessian.diagonal().mean().clamp(min=torch.finfo(hessian.dtype).tiny)  # so that u and v are of one size
-    upper, _ = inverse_factor(hessian / mean, damp)  # R⁻¹
+    upper = inverse_factor(hessian / mean, damp)[0].flip(0, 1)  # R⁻¹
     u, v = factors(torch.linalg.solve_triangular(upper, matrix, upper=True, left=False), rank)
     return u, v @ upper

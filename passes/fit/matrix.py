@@ -76,7 +76,8 @@ class Matrix:
 
     def grams(self, evidence: Evidence) -> list[tuple[slice, Tensor]]:
         """The rows of W that read the same inputs, and Σ xᵀx of those `[K, K]`: several for a grouped convolution."""
-        return self._parts([gram[self.order][:, self.order] for gram in found(evidence, Hessian)])
+        grams = found(evidence, Hessian)
+        return self._parts(list(grams if self.mask is None else grams[:, self.order][:, :, self.order]))
 
     def samples(self, evidence: Evidence) -> list[tuple[slice, Tensor]]:
         """The rows of W that read the same inputs, and some of those `[N, K]`."""

@@ -9,7 +9,6 @@ the exact least-squares update of the later columns, all of them free.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,56 +23,51 @@ Enter = Callable[[int, Tensor, Tensor], Tensor | None]
 
 #: a column of which the others explain all but this share is not independent of them
 _DEPENDENT = 1e-12
+#: the least eigenvalue of K correlations that is not zero, over √K: H is a sum of float32 products
+_ROUNDING = 1e-7
 #: from no damping at all to a Hessian that is all but diagonal
 _TRIALS = 16
 
 
-@dataclass(frozen=True)
-class Swept:
-    """Ŵ `[O, K]` and the λ that it took, as a share of the mean of the diagonal."""
-
-    weight: Tensor
-    damping: float
-
-
 def sweep(
     weight: Tensor,
-    hessian: Tensor,
+    factor: Tensor,
     round_column: Round,
     *,
     mask: Tensor | None = None,
     enter: Enter | None = None,
     group: int = 1,
     order: Tensor | None = None,
-    damp: float = 0.01,
     block: int = 128,
-) -> Swept:
-    """Fix the columns of W `[O, K]` one after the other, in float64, under H `[K, K]`.
+) -> Tensor:
+    """Fix the columns of W `[O, K]` one after the other, in float64, under the `[K, K]` of `inverse_factor`; → Ŵ.
 
     `mask` `[O, K]` is False where a weight is pruned: it is fixed to zero. `enter` is called before the first column
     of every `group`, and may return the mask of that group. `order` `[K]`, not with `enter`, is the order in which
-    columns are fixed. Columns of inputs that are always zero are rounded, and change no other.
+    columns are fixed, and that of the factor. Columns of inputs that are always zero are rounded, and change no other.
     """
     assert order is None or enter is None
     order = torch.arange(weight.shape[1]) if order is None else order
-    upper, damping = inverse_factor(hessian[order][:, order], damp)
-    columns = weight.double().T[order]  # a column of W lies in a row here: what is fixed together is contiguous
+    columns = weight.T[order].double()  # a column of W lies in a row here: what is fixed together is contiguous
     kept = None if mask is None else mask.T[order]
-    result = torch.empty_like(columns)
-    for start, stop in _blocks(len(columns), group, block):
+    width, pivots = len(columns), factor.diagonal().flip(0)
+    for start, stop in _blocks(width, group, block):
+        upper = factor[width - stop : width - start, : width - start].flip(0, 1)  # rows and columns from `start` on
         errors = columns.new_empty(stop - start, columns.shape[1])
         for j in range(start, stop):
             if enter is not None and j % group == 0:
-                chosen = enter(j, columns[j : j + group].T, upper.diagonal()[j : j + group])
+                chosen = enter(j, columns[j : j + group].T, pivots[j : j + group])
                 if chosen is not None:
                     kept = torch.ones_like(columns, dtype=torch.bool) if kept is None else kept
                     kept[j : j + group] = chosen.T
             fixed = round_column(int(order[j]), columns[j]).double()
-            result[j] = fixed if kept is None else torch.where(kept[j], fixed, 0.0)
-            errors[j - start] = (columns[j] - result[j]) / upper[j, j]
-            columns[j:stop].addr_(upper[j, j:stop], errors[j - start], alpha=-1)
-        columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    return Swept(result[order.argsort()].T.contiguous(), damping)
+            fixed = fixed if kept is None else torch.where(kept[j], fixed, 0.0)
+            i = j - start
+            errors[i] = (columns[j] - fixed) / upper[i, i]
+            columns[j] = fixed
+            columns[j + 1 : stop].addr_(upper[i, i + 1 : stop - start], errors[i], alpha=-1)
+        columns[stop:].addmm_(upper[:, stop - start :].T, errors, alpha=-1)
+    return columns[order.argsort()].T
 
 
 def _blocks(columns: int, group: int, block: int) -> Iterator[tuple[int, int]]:
@@ -86,12 +80,17 @@ def _blocks(columns: int, group: int, block: int) -> Iterator[tuple[int, int]]:
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
-    """H `[K, K]` → U, float64 upper triangular with UᵀU = (H + λI)⁻¹, and λ / mean(diag H).
+    """H `[K, K]` → U, float64 upper triangular with UᵀU = (H + λI)⁻¹, reversed, and λ / mean(diag H).
 
     λ begins at `damp` and grows until the sum is safely positive definite. An input that is always zero gets the
     mean of the diagonal instead, so that no error goes to or from it. Raises PassError when H is not finite.
+
+    U comes with its rows and columns reversed: as the inverse of a lower Cholesky factor, computed in one place, since
+    a matrix of this size may take as much memory as several layers.
     """
-    hessian = hessian.double().clone()
+    from scipy.linalg.lapack import dtrtri
+
+    hessian = hessian.double()
     diagonal = hessian.diagonal()
     if not torch.isfinite(hessian).all():
         raise PassError(
@@ -101,15 +100,25 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
         )
     live = diagonal > 0
     mean = float(diagonal[live].mean()) if live.any() else 1.0
-    diagonal[~live] = mean
+    diagonal = torch.where(live, diagonal, mean).flip(0)
     share = damp
     for _ in range(_TRIALS):
-        damped = hessian.clone()
-        damped.diagonal().add_(share * mean)
-        # reversed rows and columns: R·Rᵀ with R upper triangular, so that the inverse of R is U
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed and (lower.diagonal().square() > _DEPENDENT * damped.diagonal().flip(0)).all():
+        lower = hessian.flip(0, 1).T  # in LAPACK's own layout
+        damped = diagonal + share * mean
+        lower.diagonal().copy_(damped)
+        failed = torch.linalg.cholesky_ex(lower, out=(lower, torch.empty(0, dtype=torch.int32))).info
+        if not failed and (lower.diagonal().square() > _DEPENDENT * damped).all():
             break
         share = max(10 * share, 1e-8)
-    root = lower.flip(0, 1)
-    return torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True), share
+    inverse, _ = dtrtri(lower.numpy(), lower=1, overwrite_c=1)
+    return torch.from_numpy(inverse), share
+
+
+def singular(hessian: Tensor) -> bool:
+    """Whether, of the inputs that are ever not zero, some are sums of others as far as H `[K, K]` can tell: the
+    correlations have an eigenvalue that float32 does not distinguish from zero."""
+    size = hessian.diagonal().double().sqrt()
+    size = torch.where(size > 0, size, 1.0)
+    correlation = hessian.double() / size / size.unsqueeze(1)
+    correlation.diagonal().fill_(1 - _ROUNDING * len(size) ** 0.5)
+    return bool(torch.linalg.cholesky_ex(correlation).info)

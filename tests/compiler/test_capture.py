@@ -231,6 +231,12 @@ def test_dynamic_shapes_that_contradict_the_model_are_an_error(refused):
     assert error.__cause__ is not None
 
 
+def test_shapes_of_an_exported_program_are_settled(refused):
+    exported = torch.export.export(Two(), (torch.randn(3, 4), torch.randn(3, 4)))
+    sentence = "dynamic_shapes cannot open an axis that an ExportedProgram has fixed already"
+    refused(OptionError, sentence, lambda: capture(exported, dynamic_shapes={"x": {0: Dim.AUTO}}))
+
+
 def test_the_key_value_cache_of_a_decoder_is_left_out(models):
     model = models.hugging_face("GPT2LMHeadModel", n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=20)
     ids = torch.randint(0, 50, (2, 6))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
-from math import ceil, comb, log2
+from math import ceil, comb, log2, pi
 
 import numpy as np
 import pytest
@@ -156,6 +156,16 @@ def test_affine_of_a_constant_group(value, symmetric):
     torch.testing.assert_close(decoded, weight, rtol=1e-6, atol=0)
 
 
+def test_one_bit_with_a_floating_zero_point_has_the_means_of_both_halves():
+    encoding, weight = Affine(1, 0, False, "float"), torch.tensor([[-3.0, -1.0, 2.0, 4.0, 9.0, 7.0]])
+    decoded = encoding.decode(encoding.encode(weight), (1, 6))
+    # the mean of all is 3: below it −2/3 on average, above it 20/3
+    torch.testing.assert_close(decoded, torch.tensor([[-2, -2, -2, 20, 20, 20]]) / 3, rtol=1e-6, atol=1e-6)
+    weight = torch.randn(64, 1024) + 5
+    loss = (encoding.decode(encoding.encode(weight), (64, 1024)) - weight).square().mean()
+    assert float(loss) == pytest.approx(1 - 2 / pi, rel=0.02)  # that of the best two levels of a Gaussian
+
+
 def test_a_symmetric_code_leaves_out_the_extra_negative_level():
     encoding = Affine(4)
     codes, _ = encoding.load(encoding.encode(torch.tensor([[-8.0, 8.0, 7.9, -7.9]])), (1, 4))
@@ -299,7 +309,7 @@ def test_the_layout_and_the_bytes_are_those_really_stored(encoding, shape):
 @given(encodings, shapes)
 def test_decoding_gives_the_shape_and_is_a_fixed_point(encoding, shape):
     try:
-        encoding.check(torch.empty(shape))
+        encoding.layout(shape)
     except OptionError:
         assume(False)
     arrays = encoding.encode(torch.randn(shape))
@@ -362,7 +372,7 @@ def test_bytes_counted_by_hand(encoding, shape, count):
         (lambda: NM(2, 4).check(torch.empty(8)), "2:4 needs an input width divisible by 4, this one is 0"),
         (
             lambda: NM(2, 4, Affine(4, 32)).check(torch.empty(3, 32)),
-            "group size 32 does not divide the input width 16",
+            "group size 32 is larger than the input width 16",
         ),
         (lambda: parse_encoding("Affine(4"), "'Affine(4' is not an encoding"),
         (lambda: parse_encoding("Afine(4)"), "no encoding is called 'Afine'"),
@@ -381,7 +391,7 @@ def test_refusals(refused, make, sentence):
 def test_a_refusal_names_what_would_work(refused):
     error = refused(OptionError, "does not divide", lambda: Affine(4, 32).check(torch.empty(8, 48)))
     assert error.fix == "use 16"
-    error = refused(OptionError, "does not divide", lambda: Affine(4, 32).check(torch.empty(8, 7)))
+    error = refused(OptionError, "32 is larger than the input width 7", lambda: Affine(4, 32).check(torch.empty(8, 7)))
     assert error.fix == "use group=0 (one scale per channel)"
     error = refused(OptionError, "no encoding", lambda: parse_encoding("Afine(4)"))
     assert error.fix.startswith("did you mean 'Affine'?")

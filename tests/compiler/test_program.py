@@ -81,7 +81,7 @@ def test_constants_may_be_left_out_or_repeated(call_program):
 def test_the_interface_names_inputs_and_outputs(call_program):
     assert call_program.interface.parameters == ("x", "extra", "factor", "other")
     assert call_program.interface.inputs == ("x", "extra_a")
-    assert call_program.interface.output_names() == ["x_out", "parts_0", "parts_1_0"]
+    assert call_program.interface.output_names() == ["x_out", "parts.0", "parts.1.0"]
     assert [n.name for n in call_program.placeholders] == ["x", "extra_a"]
     assert len(call_program.outputs) == 3
 

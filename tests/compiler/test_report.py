@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
-from math import inf, isfinite, nan
+from math import inf, isfinite, log10, nan
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,6 +18,7 @@ from paretoc.compiler.backend import Explanation, Row
 from paretoc.compiler.cost import Cost, Latency
 from paretoc.compiler.errors import ArtifactError
 from paretoc.compiler.report import Report, quantity
+from paretoc.compiler.sensitivity import Loss, Sensitivity
 from paretoc.compiler.verify import Fidelity
 
 HOSTILE = "<script>alert(\"1\")</script>&'x'"
@@ -35,6 +36,7 @@ def entry(text: str, size: int, error: float | None, **more: Any) -> dict[str, A
         "metrics": {},
         "warnings": [],
         "relative_error": error,
+        "sensitivity": None,
         **figures,
         **more,
     }
@@ -109,6 +111,17 @@ def lengths(svg: ElementTree.Element, style: str, side: str = "width") -> list[f
     return [float(rect.attrib[side]) for rect in svg.iter("rect") if rect.attrib["class"] == style]
 
 
+def sensitivity(sites: int = 3, name: str = "layer.{}") -> dict[str, Any]:
+    """Two bits lose 10 %, 20 %, …, four bits a hundredth of it."""
+    weights = {name.format(i): 64 for i in range(sites)}
+    losses = [
+        Loss(site, f"Affine(bits={bits}, group=0)", 8 * bits + 4, (share * i) ** 2)
+        for i, site in enumerate(weights, 1)
+        for bits, share in ((2, 0.1), (4, 0.001))
+    ]
+    return Sensitivity(tuple(losses), weights, "3 held-out samples").to_dict()
+
+
 VARIANTS: dict[str, Callable[[], Report]] = {
     "full": report,
     "no latency": lambda: report(latency={}),
@@ -120,6 +133,9 @@ VARIANTS: dict[str, Callable[[], Report]] = {
     "fewer tokens": lambda: report(compiled=Cost(1, 1, 1, (9, 3))),
     "no attention left": lambda: report(compiled=Cost(1, 1, 1, ())),
     "no sites": lambda: report(fidelity=fidelity(sites={})),
+    "sensitivity": lambda: report(passes=[entry("quantize", 10, 0.1, sensitivity=sensitivity())]),
+    "one sensitive site": lambda: report(passes=[entry("quantize", 10, 0.1, sensitivity=sensitivity(1))]),
+    "many sensitive sites": lambda: report(passes=[entry("quantize", 10, 0.1, sensitivity=sensitivity(90))]),
     "metric": lambda: report(metric={"original": 0.9, "compiled": 0.875}),
     "hostile": lambda: report(
         target=HOSTILE,
@@ -140,6 +156,7 @@ VARIANTS: dict[str, Callable[[], Report]] = {
                 skipped={HOSTILE: HOSTILE},
                 metrics={HOSTILE: 1.0},
                 warnings=[HOSTILE],
+                sensitivity=sensitivity(1, HOSTILE),
             )
         ],
     ),
@@ -178,6 +195,9 @@ def test_every_variant_stays_inside_its_plots(variant: Report) -> None:
             )
         for text in svg.iter("text"):
             assert 0 <= float(text.attrib["x"]) <= width and 0 <= float(text.attrib["y"]) <= height, text.text
+        for circle in svg.iter("circle"):
+            x, y = float(circle.attrib["cx"]), float(circle.attrib["cy"])
+            assert 0 <= x <= width and 0 <= y <= height, (caption, circle.attrib)
 
 
 def test_the_same_report_gives_the_same_bytes(variant: Report, tmp_path: Path) -> None:
@@ -284,6 +304,43 @@ def test_steps_show_what_each_pass_took_off_and_the_error_after_it() -> None:
     (line,) = svg.iter("polyline")
     assert line.attrib["points"] == " ".join(f"{x:.1f},{y:.1f}" for x, y in dots)
     assert [text.text for text in svg.iter("text")][-3:] == ["0 %", "1 %", "4 %"]
+
+
+def test_a_long_pass_ends_left_of_the_errors() -> None:
+    text = "quantize:W4A16,fitter=gptq(act_order=True),group_size=64,targets=[" + "encoder.layer.0.attention," * 9 + "]"
+    svg = figures(html.page(report(passes=[entry("a", 4, 0.0), entry(text, 2, 0.1)])))[
+        "Size and relative error after each pass"
+    ]
+    lines = [t.text for t in svg.iter("text") if t.attrib["class"] == "strong"]
+    assert lines[:2] == ["a", "quantize:W4A16,"] and lines[2] == "fitter=gptq(act_order=True),"
+    assert len(lines) == 4 and lines[-1].endswith(" …") and max(map(len, lines)) <= 34
+    bars, dots = list(svg.iter("rect")), list(svg.iter("circle"))
+    assert float(bars[2].attrib["y"]) > max(float(t.attrib["y"]) for t in svg.iter("text") if t.text == lines[-1])
+    assert float(dots[1].attrib["cy"]) == float(bars[2].attrib["y"]) + 7
+
+
+def test_sensitivity_is_a_line_for_each_candidate() -> None:
+    svg = figures(html.page(VARIANTS["sensitivity"]()))["Relative error with one of 3 weights encoded"]
+    two, four = ([float(p.split(",")[1]) for p in line.attrib["points"].split()] for line in svg.iter("polyline"))
+    assert len(two) == 3 and two == sorted(two, reverse=True)
+    # from 0.1 % to 100 % are three decades of 60 units: a factor of 100 is two of them
+    assert [b - a for a, b in zip(two, four, strict=True)] == pytest.approx([120] * 3, abs=0.2)
+    assert two[0] - two[1] == pytest.approx(60 * log10(2), abs=0.2)
+    words = [text.text for text in svg.iter("text")]
+    assert words == ["0.1 %", "1 %", "10 %", "100 %", "2.5 bits", "4.5 bits"]
+    assert "layer.2, 2.5 bits: 30 %" in [title.text for title in svg.iter("title")]
+
+
+def test_the_most_sensitive_sites_are_listed() -> None:
+    page = Page(html.page(VARIANTS["many sensitive sites"]()))
+    assert "|layer.89|900 %|9 %|layer.88|" in page.text and "|layer.70|" in page.text and "|layer.69|" not in page.text
+    assert "|2.5 bits a weight: |Affine(bits=2, group=0)|" in page.text.replace("weight:|", "weight: |")
+    table = rows(str(VARIANTS["many sensitive sites"]()))
+    assert ["site", "2.5 bits", "4.5 bits"] in table
+    assert ["layer.89", "9.00e+00", "9.00e-02"] in table and ["layer.82", "8.30e+00", "8.30e-02"] in table
+    assert "layer.81" not in str(table)
+    assert json.dumps(VARIANTS["sensitivity"]().to_dict())
+    assert "bits" not in str(report())
 
 
 def test_few_sites_are_drawn_by_name() -> None:

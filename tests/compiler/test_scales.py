@@ -11,7 +11,7 @@ import numpy as np
 import paretoc as pc
 import pytest
 import torch
-from paretoc.compiler.encodings import NM, SCALES, Affine, Binary, Float, Nested, Ternary
+from paretoc.compiler.encodings import NF4, NM, SCALES, Affine, Binary, Codebook, Float, Nested, Ternary
 from paretoc.compiler.encodings.scales import power_of_two
 from paretoc.compiler.registry import registry
 from paretoc.passes.fit import Mse
@@ -96,6 +96,8 @@ def test_the_exponent_stays_in_range_and_is_never_not_a_number():
 def test_powers_of_two_are_exact():
     exponents = torch.arange(-127, 128)
     assert power_of_two(exponents).tolist() == [2.0**e for e in exponents.tolist()]
+    codes = np.arange(255, dtype=np.uint8)  # the next is NaN
+    assert power_of_two(exponents).tolist() == codes.view(ml_dtypes.float8_e8m0fnu).astype(np.float32).tolist()
 
 
 # -- ZeroQuant-FP ------------------------------------------------------------------------------------------------
@@ -124,14 +126,15 @@ def test_shifted_scales_equal_the_textbook():
     assert (encoding.decode(arrays, (3, 16))[1] == 0).all()
 
 
-def test_eight_shifts_of_e2m1_are_exact_in_e4m3_and_nine_are_not():
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float8_e4m3fn, 8), (torch.float8_e5m2, 15)], ids=str)
+def test_so_many_shifts_of_e2m1_are_exact_in_fp8_and_one_more_is_not(dtype, most):
     numbers = torch.tensor([Float("e2m1").number(code) for code in range(16)])
 
     def exact(shift: int) -> bool:
         shifted = numbers * 2.0**-shift
-        return torch.equal(shifted.to(torch.float8_e4m3fn).float(), shifted)
+        return torch.equal(shifted.to(dtype).float(), shifted)
 
-    assert all(exact(shift) for shift in range(9)) and not exact(9)
+    assert all(exact(shift) for shift in range(most + 1)) and not exact(most + 1)
 
 
 # -- NVFP4 -------------------------------------------------------------------------------------------------------
@@ -229,6 +232,76 @@ def test_the_contract_of_integers_under_every_scale(scale):
     shapes = ((4, 64), (5, 7))
     check_encoding(Affine(4, 16, scale=scale), shapes=shapes)
     check_encoding(Affine(8, 0, scale=scale), shapes=shapes)
+
+
+def extremes(shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Tensors at the ends of float32, with one outlier, with rows or columns of all sizes, and of one value a row."""
+    normal = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    made = {f"{size:g}": normal * size for size in (1e-45, 1e-38, 1e-30, 1e-8, 1e8, 1e30, 1e37, 1e38)}
+    made["outlier"] = torch.where(torch.arange(shape[1]) == 3, 1e30, normal * 1e-30)
+    made["rows"] = normal * torch.logspace(-38, 37, shape[0]).unsqueeze(1)
+    made["columns"] = normal * torch.logspace(-38, 37, shape[1])
+    made["constant"] = normal[:, :1].expand(shape)
+    made["largest"] = torch.where(normal < 0, -TOP, TOP)
+    made["not finite"] = torch.where(torch.arange(shape[1]) == 0, torch.nan, normal)
+    return made | {"zeros": torch.zeros(shape), "far from zero": 1e6 + normal}
+
+
+def loses_everything(encoding: Any, weight: torch.Tensor) -> bool:
+    """Whether what is stored is no number, or farther from the weight than zeros; below float32 all is zero."""
+    decoded = encoding.decode(encoding.encode(weight), tuple(weight.shape)).double()
+    error, norm = (decoded - weight.double()).norm(), weight.double().norm()
+    return not error <= norm * (1 + 1e-9) + weight.numel() ** 0.5 * 2.0**-126
+
+
+AT_EXTREMES = [
+    *(Affine(4, group) for group in (-1, 0, 8)),
+    *(Affine(bits, 8, False, zero) for bits in (1, 4) for zero in ("integer", "float")),
+    *(Float(name, 8) for name in ("e2m1", "e4m3", "e5m2", "e8m7")),
+    *(Binary(8), Binary(0), Ternary(8), Nested(6, 2, 8), Nested(8, 4, 0), NF4(8), Codebook(3, 8)),
+]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("encoding", AT_EXTREMES, ids=str)
+def test_what_is_not_refused_is_stored_better_than_zeros(encoding, scale):
+    encoding = under(encoding, scale)
+    for shape in ((3, 16), (5, 1)):
+        for kind, weight in extremes(shape).items():
+            try:
+                encoding.check(weight)
+            except pc.OptionError as error:
+                assert kind != "zeros" and "weight of shape" in error.where or "share a scale" in error.where
+            else:
+                assert not loses_everything(encoding, weight), (kind, shape)
+
+
+@pytest.mark.parametrize("encoding", AT_EXTREMES, ids=str)
+def test_scales_in_float32_reach_all_sizes_but_the_last(encoding):
+    refused = set()
+    for kind, weight in extremes((3, 16)).items():
+        try:
+            encoding.check(weight)
+        except pc.OptionError:
+            refused.add(kind)
+    assert refused == {"1e+38", "largest", "not finite"}
+
+
+def test_a_scale_that_does_not_reach_would_lose_everything(refused):
+    weight = torch.randn(4, 16) * 1e-30
+    assert loses_everything(Binary(0, "float16"), weight)
+    error = refused(pc.OptionError, "fits weights up to 2.", lambda: Binary(0, "float16").check(weight))
+    assert error.fix.startswith("use scale='float32'")
+    sparse = NM(2, 4, Affine(4, 0, scale="float16"))
+    refused(pc.OptionError, "no scale of Affine", lambda: sparse.check(weight))
+    Affine(4, 0, scale="float16").check(weight * 1e30)
+
+
+@pytest.mark.parametrize(
+    "encoding", [Binary(0, "float16"), Affine(4, 0, False, "float", "float16"), Nested(6, 2, -1, "e8m0-ceil")], ids=str
+)
+def test_the_contract_at_the_ends_of_a_format(encoding):
+    check_encoding(encoding, shapes=((12, 256), (5, 7)), idempotent=None)
 
 
 # -- ONNX Runtime ------------------------------------------------------------------------------------------------

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import paretoc as pc
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from paretoc.compiler.sites import attention_of, attention_sites, weight_sites
 from paretoc.compiler.statistics import (
     AttentionReceived,
     ChannelMax,
     ChannelMean,
     Hessian,
+    Histogram,
     Sample,
     Statistic,
     WeightedHessian,
@@ -57,6 +61,51 @@ def test_a_convolution_has_one_gram_matrix_for_each_group():
     want = torch.stack([part.T @ part for part in patches.chunk(2, 1)])
     torch.testing.assert_close(reduced(Hessian("x", window), (x,)), want, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(window.columns(x), torch.stack(patches.chunk(2, 1)).float())
+
+
+# -- histograms ------------------------------------------------------------------------------------------
+
+numbers = st.one_of(st.floats(-(2.0**-10), 2.0**-10, width=32), st.floats(-1e4, 1e4, width=32), st.just(0.0))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(numbers, min_size=1, max_size=12), min_size=1, max_size=5))
+def test_a_histogram_does_not_depend_on_the_batches(batches):
+    statistic, everything = Histogram("x", bins=16), [x for batch in batches for x in batch]
+    counts, edges = reduced(statistic, *((torch.tensor(batch),) for batch in batches))
+    for order in (everything, everything[::-1]):
+        again = reduced(statistic, (torch.tensor(order),))
+        assert all(torch.equal(a, b) for a, b in zip((counts, edges), again, strict=True))
+    assert len(counts) <= 16
+    assert (edges[0], edges[-1]) == (min(0.0, *everything), max(0.0, *everything))
+    assert 0 in edges
+    want = np.histogram([x for x in everything if x], edges.numpy())[0]
+    assert counts.tolist() == want.tolist()
+
+
+def test_the_bins_of_a_histogram_are_as_narrow_as_they_may_be():
+    x = torch.linspace(-1, 2.9, 1000)
+    counts, edges = reduced(Histogram("x", bins=64), (x,))
+    assert 32 <= len(counts) <= 64
+    np.testing.assert_array_equal(np.diff(edges)[1:-1], 2**-4)
+    wide = reduced(Histogram("x", bins=64), (x,), (100 * x,))[1]
+    np.testing.assert_array_equal(np.diff(wide)[1:-1], 2**3)
+
+
+def test_what_is_not_finite_has_no_place_in_a_histogram():
+    counts, edges = reduced(Histogram("x"), (torch.tensor([1.0, torch.inf, -torch.inf, torch.nan]),))
+    assert counts.sum() == 1
+    assert edges[-1] == 1
+
+
+def test_a_convolution_unfolds_a_few_images_at_a_time(monkeypatch):
+    window, x = Window((3, 3), (1, 1), (1, 1), (1, 1)), torch.randn(7, 4, 8, 8)
+    whole, seen = reduced(Hessian("x", window), (x,)), []
+    columns = Window.columns
+    monkeypatch.setattr(Window, "columns", lambda self, part: seen.append(len(part)) or columns(self, part))
+    monkeypatch.setattr("paretoc.compiler.statistics._UNFOLDED", 2 * 4 * 8 * 8 * 9)
+    torch.testing.assert_close(reduced(Hessian("x", window), (x,)), whole, rtol=1e-5, atol=1e-4)
+    assert seen == [2, 2, 2, 1]
 
 
 # -- importance of tokens --------------------------------------------------------------------------------

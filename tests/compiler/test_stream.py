@@ -3,7 +3,9 @@ weights that several sites share."""
 
 from __future__ import annotations
 
+import pickle
 import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +17,7 @@ from paretoc.compiler.encodings import Affine, Arrays, Encoding
 from paretoc.compiler.errors import PassError
 from paretoc.compiler.passes import Context
 from paretoc.compiler.protocols import NO_EVIDENCE, Evidence
+from paretoc.compiler.reencode import _AHEAD
 from paretoc.compiler.sites import Site, weight_sites
 from paretoc.compiler.statistics import Derived, Hessian, Statistic
 from paretoc.passes import Quantize
@@ -380,6 +383,36 @@ def test_a_tied_head_without_its_table_is_left_out(models):
     recorder, (_, result) = quantized(model, [ids])
     assert result.matched == ["middle"]
     torch.testing.assert_close(recorder.of(model.middle.weight), gram(model.embedding(ids)), rtol=1e-5, atol=1e-5)
+
+
+class Workers(ThreadPoolExecutor):
+    """Two threads, to which tasks travel as to other processes; keeps them in order, and how many were done before."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.given: list[Future[Any]] = []
+        self.done: list[int] = []
+
+    def submit(self, *task: Any, **options: Any) -> Any:
+        self.done.append(sum(future.done() for future in self.given))
+        self.given.append(super().submit(*pickle.loads(pickle.dumps(task)), **options))
+        return self.given[-1]
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_an_executor_fits_the_same(sequential):
+    model, data = Deep(9), [torch.randn(20, 8), torch.randn(12, 8)]
+    transform, stored = Quantize("W8A16", weights=Affine(2), fitter="gptq", sequential=sequential), []
+    with Workers() as workers:
+        for executor in (None, workers):
+            program = pc.capture(model, data[0])
+            transform.apply(program, Context(batches=[[x] for x in data], executor=executor))
+            stored.append(program.weights())
+    assert stored[0].keys() == stored[1].keys()
+    assert all(torch.equal(value, stored[1][name]) for name, value in stored[0].items())
+    assert len(workers.given) == 9
+    least = 0 if sequential else _AHEAD
+    assert all(done >= count - least for count, done in enumerate(workers.done))
 
 
 def test_layers_that_read_one_input_are_fitted_together(captured):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import paretoc as pc
 import pytest
 import torch
 from paretoc.compiler.calibrate import Observer, gather
 from paretoc.compiler.canonical import canonicalize
-from paretoc.compiler.encodings import NM
+from paretoc.compiler.encodings import NM, Affine
 from paretoc.compiler.errors import CalibrationError, PassError
 from paretoc.compiler.passes import Context
 from paretoc.compiler.recipe import parse_passes
@@ -88,6 +90,37 @@ def test_deviations_too(cnn):
         assert stored == corrected.encoding(site.weight).layout(site.shape)
     quantised, _ = after(program, batches, QUANTISED)
     assert error(program, corrected, batches) < 0.9 * error(program, quantised, batches)
+
+
+def test_deviations_are_what_re_estimated_batch_norms_give():
+    """Norms not folded, weights rounded, statistics taken anew: the same outputs."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 12, 3, bias=False), nn.BatchNorm2d(12, momentum=None), nn.ReLU()),
+        *(nn.Conv2d(12, 8, 3, bias=False), nn.BatchNorm2d(8, momentum=None)),
+    )
+    for norm in (model[1], model[4]):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+    data = torch.rand(64, 3, 10, 10) + torch.tensor([0.0, 1.0, -1.0])[:, None, None]
+    fresh = torch.rand(8, 3, 10, 10)
+    model.train()(data)  # what a training loop would have left in the norms
+    program = pc.capture(model.eval(), data)
+    canonicalize(program)
+    recipe = "quantize:W8A16,weights=Affine(3),fitter=rtn"
+    recipes = (f"{recipe}|correct_bias:deviation=true", recipe)
+    corrected, quantised = (after(program, [data], text)[0](fresh) for text in recipes)
+
+    rounded = copy.deepcopy(model)
+    for conv in (rounded[0], rounded[3]):
+        encoding = Affine(3)  # a factor for each channel changes its scales and not its codes
+        conv.weight.data = encoding.decode(encoding.encode(conv.weight.detach()), tuple(conv.weight.shape))
+    stale = rounded(fresh)
+    for norm in (rounded[1], rounded[4]):
+        norm.reset_running_stats()
+    rounded.train()(data)
+    torch.testing.assert_close(quantised, stale, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(corrected, rounded.eval()(fresh), rtol=1e-3, atol=1e-3)
+    assert float((corrected - quantised).abs().max()) > 0.1
 
 
 def test_one_layer_is_the_published_formula(models):

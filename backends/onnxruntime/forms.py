@@ -1,0 +1,190 @@
+"""The forms a linear layer can take on ONNX Runtime: what each needs, and the operators it becomes.
+
+A form is exact with respect to the eager reference up to float rounding: it never rounds what the program does not
+round. Among those that fit a layer, `speeds.py` says which is fastest on this machine.
+
+| form | weights | activations | operators |
+|---|---|---|---|
+| DynamicMatMul | int8 per channel | 8 bit per tensor, one reader | DynamicQuantizeMatMul |
+| SharedMatMul | int8 per channel | 8 bit per tensor, static or shared | quantise once, MatMulIntegerToFloat |
+| IntegerMatMul | int8 per channel | 8 or 4 bit, also per token | quantise once, MatMulInteger, scale |
+| BlockMatMul | int4, int3 in blocks | floating | MatMulNBits, accuracy level 1 |
+| StoredMatMul | any integers | any | DequantizeLinear, MatMul: understood by any runtime |
+| FoldedMatMul | any integers | any | decoded to fp32 when the session starts, MatMul |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from ...compiler.dialect.activations import FLOATS
+from .integers import Integers, pack_bits
+
+if TYPE_CHECKING:
+    from .lower import Lowering
+
+MICROSOFT = "com.microsoft"
+#: block sizes the MatMulNBits kernel takes
+BLOCKS = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer on its way to ONNX: x·Wᵀ + b with W stored as integers, x perhaps behind a quantiser."""
+
+    node: ir.Node
+    x: ir.Value
+    stored: Integers
+    bias: ir.Value | None
+    site: str
+    quantiser: ir.Node | None
+    code: str = ""
+    granularity: str = ""
+
+    @property
+    def readers(self) -> int:
+        return len(self.quantiser.outputs[0].uses()) if self.quantiser is not None else 0
+
+
+class Form(Protocol):
+    #: whether target="onnx" may use it
+    standard: bool
+
+    def refusal(self, linear: Linear) -> str:
+        """Why the form does not fit this layer, or ""."""
+
+    def emit(self, lowering: Lowering, linear: Linear) -> ir.Value: ...
+
+
+def _integer_refusal(linear: Linear) -> str:
+    if linear.quantiser is None or linear.code in FLOATS:
+        return "its activations are not integers"
+    if not linear.stored.per_channel or linear.stored.zero is not None:
+        return "its weights are not symmetric with one scale a channel"
+    return ""
+
+
+def _channel_scale(lowering: Lowering, linear: Linear) -> tuple[ir.Value, ir.Value]:
+    """(codes int8 [I, O], scale float32 [O])"""
+    stored, site = linear.stored, linear.site
+    codes = lowering.constant(f"{site}.weight.codes_transposed", stored.codes.T.astype(np.int8))
+    scale = np.broadcast_to(stored.scale.ravel(), (stored.codes.shape[0],))
+    return codes, lowering.constant(f"{site}.weight.scale_channel", scale)
+
+
+class DynamicMatMul:
+    standard = False
+
+    def refusal(self, linear: Linear) -> str:
+        if reason := _integer_refusal(linear):
+            return reason
+        if linear.code != "int8" or linear.granularity != "tensor":
+            return "the kernel finds an 8 bit range of the whole tensor"
+        return "" if linear.readers == 1 else "several layers read this input: it is quantised once for all"
+
+    def emit(self, lowering: Lowering, linear: Linear) -> ir.Value:
+        assert linear.quantiser is not None
+        inputs = [linear.quantiser.inputs[0], *_channel_scale(lowering, linear), None, linear.bias]
+        return lowering.emit(linear.node, "DynamicQuantizeMatMul", inputs, domain=MICROSOFT, name=linear.site)  # type: ignore[no-any-return]
+
+
+class SharedMatMul:
+    standard = False
+
+    def refusal(self, linear: Linear) -> str:
+        return _integer_refusal(linear) or (
+            "the kernel has one scale for all tokens" if linear.granularity == "token" else ""
+        )
+
+    def emit(self, lowering: Lowering, linear: Linear) -> ir.Value:
+        assert linear.quantiser is not None
+        codes, x_scale, x_zero = lowering.quantised_input(linear.quantiser)
+        weight, scale = _channel_scale(lowering, linear)
+        inputs = [codes, weight, x_scale, scale, x_zero, None, linear.bias]
+        return lowering.emit(linear.node, "MatMulIntegerToFloat", inputs, domain=MICROSOFT, name=linear.site)  # type: ignore[no-any-return]
+
+
+class IntegerMatMul:
+    standard = True
+
+    def refusal(self, linear: Linear) -> str:
+        return _integer_refusal(linear)
+
+    def emit(self, lowering: Lowering, linear: Linear) -> ir.Value:
+        assert linear.quantiser is not None
+        node = linear.node
+        codes, x_scale, x_zero = lowering.quantised_input(linear.quantiser)
+        weight, scale = _channel_scale(lowering, linear)
+        product = lowering.emit(node, "MatMulInteger", [codes, weight, x_zero], name=linear.site)
+        product = lowering.emit(node, "Cast", [product], {"to": int(ir.DataType.FLOAT)})
+        if linear.granularity == "token":
+            product = lowering.emit(node, "Mul", [lowering.emit(node, "Mul", [product, x_scale]), scale])
+        else:
+            product = lowering.emit(node, "Mul", [product, lowering.emit(node, "Mul", [x_scale, scale])])
+        return lowering.add_bias(node, product, linear.bias)
+
+
+class BlockMatMul:
+    standard = False
+
+    def refusal(self, linear: Linear) -> str:
+        stored = linear.stored
+        if linear.quantiser is not None:
+            return "at accuracy level 1 its activations are floating"
+        if stored.bits not in (3, 4):
+            return f"ONNX Runtime has no fast kernel for {stored.bits} bit at accuracy level 1"
+        if stored.block not in BLOCKS or stored.codes.shape[1] % stored.block:
+            return f"its scales do not stand in blocks of {', '.join(map(str, BLOCKS))} that fill the row"
+        return ""
+
+    def emit(self, lowering: Lowering, linear: Linear) -> ir.Value:
+        stored, site = linear.stored, linear.site
+        rows, width = stored.codes.shape
+        offset = 8 if stored.zero is None else 0
+        blocks = (stored.codes + offset).reshape(rows, width // stored.block, stored.block)
+        inputs = [
+            linear.x,
+            lowering.constant(f"{site}.weight.codes_blocks", pack_bits(blocks, 4)),
+            lowering.constant(f"{site}.weight.scale_blocks", stored.scale),
+        ]
+        if stored.zero is not None:
+            padded = np.pad(stored.zero, ((0, 0), (0, stored.zero.shape[1] % 2)))
+            inputs.append(lowering.constant(f"{site}.weight.zero_blocks", pack_bits(padded, 4)))
+        attributes = {"K": width, "N": rows, "bits": 4, "block_size": stored.block, "accuracy_level": 1}
+        product = lowering.emit(linear.node, "MatMulNBits", inputs, attributes, domain=MICROSOFT, name=site)
+        return lowering.add_bias(linear.node, product, linear.bias)
+
+
+class FoldedMatMul:
+    standard = False
+
+    def refusal(self, linear: Linear) -> str:
+        return ""
+
+    def emit(self, lowering: Lowering, linear: Linear) -> ir.Value:
+        weight = lowering.folded_weight(linear.node, linear.stored.transposed(), linear.site)
+        product = lowering.emit(linear.node, "MatMul", [linear.x, weight], name=linear.site)
+        return lowering.add_bias(linear.node, product, linear.bias)
+
+
+class StoredMatMul:
+    standard = True
+
+    def refusal(self, linear: Linear) -> str:
+        return ""
+
+    def emit(self, lowering: Lowering, linear: Linear) -> ir.Value:
+        weight = lowering.stored_weight(linear.node, linear.stored.transposed(), linear.site)
+        product = lowering.emit(linear.node, "MatMul", [linear.x, weight], name=linear.site)
+        return lowering.add_bias(linear.node, product, linear.bias)
+
+
+#: in the order of the memory they take when they run
+FORMS: dict[str, Form] = {
+    form.__name__: form()
+    for form in (DynamicMatMul, SharedMatMul, IntegerMatMul, BlockMatMul, StoredMatMul, FoldedMatMul)
+}

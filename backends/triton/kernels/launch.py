@@ -1,0 +1,68 @@
+"""How kernels are launched: compiled on a GPU, interpreted on a CPU where TRITON_INTERPRET=1 was set at the start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton import knobs
+
+from ....compiler.errors import LoweringError
+
+#: whether Triton interprets kernels: `triton.jit` looks at TRITON_INTERPRET when it is applied, on import
+INTERPRETED = knobs.runtime.interpret
+#: what activations may be
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+#: programs that a grid should have to keep the multiprocessors of a large GPU busy; fixed, so that the order of the
+#: sums, and with it the result, is the same on every one
+PROGRAMS = 512
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A kernel with its block sizes. `split` programs share the sum over K of each output."""
+
+    kernel: str
+    block_m: int
+    block_n: int
+    block_k: int
+    split: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @property
+    def constants(self) -> dict[str, int]:
+        named = vars(self) | {"num_warps": None, "num_stages": None, "kernel": None}
+        blocks = {name.upper(): value for name, value in named.items() if value is not None}
+        return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def __str__(self) -> str:
+        split = f", split-K {self.split}" if self.split > 1 else ""
+        return f"{self.kernel} {self.block_m} × {self.block_n} × {self.block_k}, {self.num_warps} warps{split}"
+
+
+def cdiv(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def split_k(programs: int, steps: int) -> int:
+    """How many programs share the `steps` of one sum, when the outputs alone give so many programs."""
+    return max(1, min(cdiv(PROGRAMS, programs), steps))
+
+
+def check_dtype(x: torch.Tensor) -> None:
+    """Refuse what no kernel reads."""
+    if x.dtype not in DTYPES:
+        raise LoweringError(
+            f"Triton kernels do not read {x.dtype}",
+            where=f"an activation of shape {list(x.shape)}",
+            fix="use float16, bfloat16 or float32",
+        )
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Run a kernel. Traced by `torch.compile`, it stays visible to inductor and to CUDA graphs."""
+    if not INTERPRETED:
+        kernel = torch.library.wrap_triton(kernel)
+    kernel[grid](**arguments)

@@ -1,0 +1,142 @@
+"""y = x·Ŵᵀ + b, the weights decoded on the way: W8A16, W4A16, W2A16, MXFP4, NVFP4, FP8, NF4, codebooks, 2:4.
+
+x `[…, K]` float16, bfloat16 or float32, any strides; W `[N, K]` as described in `weights`; b `[N]` or none; y as x.
+Sums are float32, as in the reference `linear(x, decode(…), b)`. One token is a matrix-vector product: bound by the
+bytes of W, it multiplies without tensor cores, every thread adding up its own columns until the end. More tokens go
+through tensor cores as (Ŵ·xᵀ)ᵀ, so that few tokens fill the short side of an instruction and the decoded weights are
+its register operand; Ŵ is rounded to the type of x first, as the reference does. float32 is three tf32 products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import INTERPRETED, Tiling, cdiv, check_dtype, launch, split_k
+from .weights import Format, scale_tile, table_tile, weight_arguments, weight_format, weight_tile
+
+
+@triton.jit
+def gemv_kernel(
+    x, bias, out, codes, scale, second, zero, table, indices,
+    N, K, groups, stride_k, stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
+    ELEMENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
+    OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr, SPARSE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """x `[K]` → out `[N]`, or with SPLIT > 1 the partial sums `[SPLIT, N]`, float32, without bias."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
+    if ELEMENT == "table":
+        table = table_tile(table, rows, N, BITS, PER_ROW)
+    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(part * BLOCK_K, K, SPLIT * BLOCK_K):
+        weights = weight_tile(
+            codes, scale, second, zero, table, indices, rows, start, N, K, groups,
+            stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
+            ELEMENT, BITS, GROUP, SCALE, ZERO, OFFSET, MANTISSA, BIAS, PER_ROW, SPARSE, BLOCK_K,
+        )  # fmt: skip
+        columns = start + tl.arange(0, BLOCK_K)
+        values = tl.load(x + columns * stride_k, mask=columns < K, other=0.0)
+        sums += weights * values.to(tl.float32)[None, :]
+    total = tl.sum(sums, axis=1)
+    if GROUP == 0 and SCALE != "none":
+        total *= tl.sum(scale_tile(scale, second, rows, 0, N, 1, stride_scale, SCALE, 1), axis=1)
+    if SPLIT == 1 and bias is not None:
+        total += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
+    tl.store(out + part * N + rows, total.to(out.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
+def matmul_kernel(
+    x, bias, out, codes, scale, second, zero, table, indices,
+    M, N, K, groups, stride_m, stride_k, stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
+    ELEMENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
+    OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr, SPARSE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """x `[M, K]` → out `[M, N]`, or with SPLIT > 1 the partial sums `[SPLIT, M, N]`, float32, without bias."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = tl.program_id(2)
+    places = x + tokens.to(tl.int64)[None, :] * stride_m
+    if ELEMENT == "table":
+        table = table_tile(table, rows, N, BITS, PER_ROW)
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in range(part * BLOCK_K, K, SPLIT * BLOCK_K):
+        weights = weight_tile(
+            codes, scale, second, zero, table, indices, rows, start, N, K, groups,
+            stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
+            ELEMENT, BITS, GROUP, SCALE, ZERO, OFFSET, MANTISSA, BIAS, PER_ROW, SPARSE, BLOCK_K,
+        )  # fmt: skip
+        columns = start + tl.arange(0, BLOCK_K)
+        inside = (columns < K)[:, None] & (tokens < M)[None, :]
+        values = tl.load(places + columns[:, None] * stride_k, mask=inside, other=0.0)
+        weights = weights.to(x.dtype.element_ty)
+        if WIDEN:
+            weights, values = weights.to(tl.float32), values.to(tl.float32)
+        sums = tl.dot(weights, values, sums, input_precision="tf32x3")
+    if GROUP == 0 and SCALE != "none":
+        sums *= scale_tile(scale, second, rows, 0, N, 1, stride_scale, SCALE, 1)
+    if SPLIT == 1 and bias is not None:
+        sums += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+    target = out + (part * M + tokens).to(tl.int64)[None, :] * N + rows[:, None]
+    tl.store(target, sums.to(out.dtype.element_ty), mask=(rows < N)[:, None] & (tokens < M)[None, :])
+
+
+def tiling(M: int, N: int, K: int, fmt: Format) -> Tiling:
+    """The kernel and its blocks for a class of shapes."""
+    if M == 1:
+        block_n, block_k = 8, (1 + fmt.sparse) * 2048 // fmt.bits  # 256 bytes of each row: 16 a thread
+        return Tiling("gemv", 1, block_n, block_k, split_k(cdiv(N, block_n), cdiv(K, block_k)))
+    if M <= 16:
+        return Tiling("skinny matmul", 16, 32, 128, split_k(cdiv(N, 32), cdiv(K, 128)))
+    if M <= 64:
+        return Tiling("matmul", 64, 64, 64, split_k(cdiv(N, 64), cdiv(K, 64)))
+    return Tiling("matmul", 128, 128, 64, num_warps=8)
+
+
+@torch.library.triton_op("paretoc_triton::weight_only_linear", mutates_args=())
+def weight_only_linear(
+    x: Tensor, arrays: Sequence[Tensor], encoding: str, out_features: int, bias: Tensor | None
+) -> Tensor:
+    """x `[…, K]` → `[…, N]`; `arrays` and `encoding` are those of `paretoc::decode`."""
+    check_dtype(x)
+    tokens, K = x.reshape(-1, x.shape[-1]), x.shape[-1]
+    M, N = tokens.shape[0], out_features
+    fmt = weight_format(encoding)
+    assert isinstance(fmt, Format)
+    tile = tiling(M, N, K, fmt)
+    split = tile.split > 1
+    out = x.new_empty((tile.split, M, N), dtype=torch.float32 if split else x.dtype)
+    arguments = {
+        "x": tokens,
+        "bias": bias,
+        "out": out,
+        "N": N,
+        "K": K,
+        "stride_k": tokens.stride(1),
+        **weight_arguments(arrays, encoding, (N, K)),
+        **tile.constants,
+    }
+    if M == 1:
+        del arguments["BLOCK_M"]
+        launch(gemv_kernel, (cdiv(N, tile.block_n), tile.split), **arguments)
+    else:
+        grid = (cdiv(N, tile.block_n), cdiv(M, tile.block_m), tile.split)
+        # the interpreter would multiply the bit patterns of bfloat16
+        widen = INTERPRETED and x.dtype == torch.bfloat16
+        launch(matmul_kernel, grid, **arguments, M=M, stride_m=tokens.stride(0), WIDEN=widen)
+    if split:
+        total = out.sum(0)
+        out = (total if bias is None else total + bias).to(x.dtype)
+    return out.reshape(*x.shape[:-1], N)
+
+
+@weight_only_linear.register_fake
+def _(x: Tensor, arrays: Sequence[Tensor], encoding: str, out_features: int, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)

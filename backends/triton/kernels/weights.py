@@ -1,0 +1,307 @@
+"""ŵ = scale · (code − zero), scale · float(code) or scale · table[code]: a tile of an encoded weight, in registers.
+
+What the matmul kernels share. A weight W `[N, K]` lies in memory as its encoding stores it: `codes` uint8
+`[N, ⌈K·bits/8⌉]`, low bits first; a scale for each row or for each `group` of K; for some, a zero point with each
+scale. Of a 2:4 sparse weight all this describes the kept half, `[N, K/2]`, and `indices` uint8 `[N, ⌈K/4·3/8⌉]` holds
+3 bits for each four: the rank of the kept pair among (0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3). Nothing is
+repacked when a program is lowered: a kernel reads the bytes that the artifact holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....compiler.encodings import NF4, NM, Affine, Codebook, Dense, Encoding, Float, parse_encoding
+from ....compiler.encodings.codebook import LookUp
+
+#: sizes of codes of which a byte holds a whole number
+_BITS = (2, 4, 8)
+#: the exponent bits and the mantissa bits of float16, through which floats are decoded
+_EXPONENT, _MANTISSA = 5, 10
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the kernels read an encoding: the compile-time constants of `weight_tile`.
+
+    `element` is "integer", "float", "table" or "dense" (numbers as they are). `offset` is what a symmetric integer was stored with; `mantissa` and
+    `bias` are those of a float. `group` is the number of weights along K under one scale, 0 for a whole row; `scale`
+    "number", "e8m0", "shift", "e4m3" (times one number for the tensor) or "none"; `zero` "none", "integer" (packed
+    like the codes) or "float"; `per_row` says that each row has a table, `sparse` that the weight is 2:4.
+    """
+
+    element: str
+    bits: int
+    group: int = 0
+    scale: str = "number"
+    zero: str = "none"
+    offset: int = 0
+    mantissa: int = 0
+    bias: int = 0
+    per_row: bool = False
+    sparse: bool = False
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return {name.upper(): value for name, value in vars(self).items()}
+
+
+@cache
+def weight_format(text: str) -> Format | str:
+    """The format of an encoding given by its text, or a sentence why no kernel reads it."""
+    encoding = parse_encoding(text)
+    if isinstance(encoding, NM):
+        if (encoding.n, encoding.m) != (2, 4) or isinstance(encoding.values, NF4):
+            return f"no Triton kernel reads {encoding.n}:{encoding.m} of {type(encoding.values).__name__}"
+        inner = weight_format(str(encoding.values))
+        return inner if isinstance(inner, str) else replace(inner, sparse=True)
+    if isinstance(encoding, Dense):
+        return Format("dense", 8, scale="none")
+    if not isinstance(encoding, (Affine, Float, NF4, Codebook)):
+        return f"no Triton kernel reads {type(encoding).__name__}"
+    if encoding.bits not in _BITS:
+        return f"codes of {encoding.bits} bits do not fill a byte"
+    group = max(encoding.group, 0)
+    if group & (group - 1):
+        return f"groups of {group} are no power of two"
+    scale = "number" if encoding.scale in ("float32", "float16") else encoding.scale.removesuffix("-ceil")
+    if isinstance(encoding, Affine):
+        zero = "none" if encoding.symmetric else encoding.zero
+        return Format("integer", encoding.bits, group, scale, zero, encoding.offset if encoding.symmetric else 0)
+    if isinstance(encoding, Float):
+        if encoding.exponent > _EXPONENT or encoding.mantissa > _MANTISSA:
+            return f"float16 does not hold every number of {encoding.format}"
+        return Format("float", encoding.bits, group, scale, mantissa=encoding.mantissa, bias=encoding.bias)
+    return Format("table", encoding.bits, group, scale, per_row=getattr(encoding, "per", "tensor") == "row")
+
+
+def array_names(encoding: Encoding, shape: tuple[int, int]) -> tuple[str, ...]:
+    """The arrays that an operator takes for a weight: those stored, and the table where the encoding fixes it."""
+    names = tuple(encoding.layout(shape))
+    return names if "table" in names or not isinstance(encoding, LookUp) else (*names, "table")
+
+
+_named = cache(lambda text, shape: array_names(parse_encoding(text), shape))
+
+
+def weight_arguments(arrays: Sequence[Tensor], text: str, shape: tuple[int, int]) -> dict[str, Any]:
+    """The arrays of an encoding → the weight's arguments to a kernel. A row stride is 0 where all rows share one.
+
+    The last axis of every array must be contiguous.
+    """
+    fmt = weight_format(text)
+    assert isinstance(fmt, Format)
+    named = {name.removeprefix("values."): a for name, a in zip(_named(text, shape), arrays, strict=True)}
+    codes, indices = named.get("codes", named.get("values")), named.get("indices")
+    scale, zero, table = (named.get(name) for name in ("scale", "zero", "table"))
+    assert codes is not None
+    width = shape[1] // 2 if fmt.sparse else shape[1]
+    return {
+        "codes": codes,
+        "indices": indices,
+        "scale": scale,
+        "second": named.get("shift", named.get("outer")),
+        "zero": zero,
+        "table": table,
+        "stride_codes": codes.stride(0),
+        "stride_indices": _row_stride(indices),
+        "stride_scale": _row_stride(scale),
+        "stride_zero": _row_stride(zero),
+        "row_bytes": codes.shape[1],
+        "groups": width // fmt.group if fmt.group else 1,
+        **fmt.constants,
+    }
+
+
+def _row_stride(array: Tensor | None) -> int:
+    return 0 if array is None or array.shape[0] == 1 else array.stride(0)
+
+
+@triton.jit
+def unpack(packed, BITS: tl.constexpr):
+    """uint8 `[R, b]` → codes `[R, b·8/BITS]`, low bits first."""
+    if BITS == 4:
+        packed = tl.interleave(packed & 15, packed >> 4)
+    elif BITS == 2:
+        even = tl.interleave(packed & 3, (packed >> 4) & 3)
+        packed = tl.interleave(even, tl.interleave((packed >> 2) & 3, packed >> 6))
+    return packed
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent, float32, of int32 −127 … 127, by its bits: −127 is subnormal."""
+    return tl.where(exponent > -127, (exponent + 127) << 23, 1 << 22).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e4m3(code):
+    """E4M3 numbers without sign, from their codes: the bits of a float16 whose exponent is 8 less."""
+    return (code.to(tl.int16) << 7).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+
+
+@triton.jit
+def scale_tile(scale, second, rows, group, N, groups, stride_scale, SCALE: tl.constexpr, COUNT: tl.constexpr):
+    """Scales `[BLOCK_N, COUNT]`, float32, of the given rows and the groups from `group` on; 0 outside."""
+    columns = group + tl.arange(0, COUNT)
+    inside = (rows < N)[:, None] & (columns < groups)[None, :]
+    rows = rows.to(tl.int64)[:, None]
+    if SCALE == "shift":
+        shift = tl.load(second + rows * groups + columns[None, :], mask=inside, other=0)
+        tile = tl.load(scale + rows, mask=inside, other=0.0) * power_of_two(-shift.to(tl.int32))
+    else:
+        tile = tl.load(scale + rows * stride_scale + columns[None, :], mask=inside, other=0)
+        if SCALE == "e8m0":
+            tile = power_of_two(tile.to(tl.int32) - 127)
+        elif SCALE == "e4m3":
+            tile = e4m3(tile) * tl.load(second)
+        else:
+            tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def zero_tile(zero, rows, group, N, groups, stride_zero, ZERO: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr):
+    """Zero points `[BLOCK_N, COUNT]`, float32 or int32, like `scale_tile`."""
+    columns = group + tl.arange(0, COUNT)
+    inside = (rows < N)[:, None] & (columns < groups)[None, :]
+    rows = rows.to(tl.int64)[:, None]
+    if ZERO == "float":
+        tile = tl.load(zero + rows * stride_zero + columns[None, :], mask=inside, other=0.0)
+    else:
+        packed = tl.load(zero + rows * stride_zero + (columns * BITS // 8)[None, :], mask=inside, other=0)
+        tile = (packed.to(tl.int32) >> (columns * BITS % 8)[None, :]) & ((1 << BITS) - 1)
+    return tile
+
+
+@triton.jit
+def code_tile(
+    codes, rows, start, N, stride_codes, row_bytes, BITS: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Codes `[BLOCK_N, BLOCK_K]`, uint8, of the given rows, from column `start` on; 0 outside."""
+    octets = start * BITS // 8 + tl.arange(0, BLOCK_K * BITS // 8)
+    inside = (rows < N)[:, None] & (octets < row_bytes)[None, :]
+    return unpack(tl.load(codes + rows.to(tl.int64)[:, None] * stride_codes + octets[None, :], inside, 0), BITS)
+
+
+@triton.jit
+def table_tile(table, rows, N, BITS: tl.constexpr, PER_ROW: tl.constexpr):
+    """The table `[2^BITS]`, float32, or those of the given rows in a line; read once, looked up in shared memory."""
+    BLOCK_N: tl.constexpr = rows.shape[0]
+    entries = tl.arange(0, 1 << BITS)
+    if PER_ROW:
+        places = (rows.to(tl.int64) << BITS)[:, None] + entries[None, :]
+        tile = tl.load(table + places, mask=(rows < N)[:, None], other=0.0).reshape(BLOCK_N << BITS)
+    else:
+        tile = tl.load(table + entries)
+    return tile
+
+
+@triton.jit
+def by_group(tile, parameters, SUBTRACT: tl.constexpr):
+    """A tile `[BLOCK_N, BLOCK_K]`, times (or minus) the parameter of its group `[BLOCK_N, COUNT]`."""
+    BLOCK_N: tl.constexpr = tile.shape[0]
+    BLOCK_K: tl.constexpr = tile.shape[1]
+    COUNT: tl.constexpr = parameters.shape[1]
+    tile = tile.reshape(BLOCK_N, COUNT, BLOCK_K // COUNT)
+    tile = tile - parameters[:, :, None] if SUBTRACT else tile * parameters[:, :, None]
+    return tile.reshape(BLOCK_N, BLOCK_K)
+
+
+@triton.jit
+def stored_tile(
+    codes, scale, second, zero, table, rows, start, N, groups,
+    stride_codes, stride_scale, stride_zero, row_bytes,
+    ELEMENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
+    OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Stored weights `[BLOCK_N, BLOCK_K]`, float32, of the given rows, from column `start` (a multiple of BLOCK_K) on.
+
+    A scale that holds for a whole row is left to the caller. `table` is what `table_tile` returned. BLOCK_K and GROUP
+    are powers of two. Outside the weight the tile is finite.
+    """
+    COUNT: tl.constexpr = BLOCK_K // GROUP if GROUP > 0 and GROUP < BLOCK_K else 1
+    group = start // GROUP if GROUP > 0 else 0
+    tile = code_tile(codes, rows, start, N, stride_codes, row_bytes, BITS, BLOCK_K)
+    if ELEMENT == "dense":
+        values = tile.to(tl.float32)
+    elif ELEMENT == "float":
+        code = tile.to(tl.int16)
+        sign = (code >> (BITS - 1)) << 15
+        rest = (code & ((1 << (BITS - 1)) - 1)) << (10 - MANTISSA)
+        values = (sign | rest).to(tl.float16, bitcast=True).to(tl.float32) * (2.0 ** (15 - BIAS))
+    elif ELEMENT == "table":
+        BLOCK_N: tl.constexpr = tile.shape[0]
+        places = tile.to(tl.int32)
+        if PER_ROW:
+            places += tl.arange(0, BLOCK_N)[:, None] << BITS
+        values = tl.gather(table, places.reshape(BLOCK_N * BLOCK_K), 0).reshape(BLOCK_N, BLOCK_K)
+    else:
+        values = tile.to(tl.float32)
+        if ZERO == "none":
+            values -= OFFSET
+        else:
+            points = zero_tile(zero, rows, group, N, groups, stride_zero, ZERO, BITS, COUNT)
+            values = by_group(values, points.to(tl.float32), True)
+    if GROUP > 0 and SCALE != "none":
+        scales = scale_tile(scale, second, rows, group, N, groups, stride_scale, SCALE, COUNT)
+        values = by_group(values, scales, False)
+    return values
+
+
+@triton.jit
+def rank_tile(indices, rows, start, N, stride_indices, row_bytes, COUNT: tl.constexpr):
+    """Ranks `[BLOCK_N, COUNT]` of the kept pairs, int32, from the `start`-th four of a row on: eight in three bytes."""
+    BLOCK_N: tl.constexpr = rows.shape[0]
+    octets = start // 8 * 3 + tl.arange(0, COUNT // 8) * 3
+    places = indices + rows.to(tl.int64)[:, None] * stride_indices + octets[None, :]
+    word = tl.zeros((BLOCK_N, COUNT // 8), tl.int32)
+    for i in tl.static_range(3):
+        inside = (rows < N)[:, None] & (octets + i < row_bytes)[None, :]
+        word |= tl.load(places + i, mask=inside, other=0).to(tl.int32) << (8 * i)
+    ranks = (word[:, :, None] >> (3 * tl.arange(0, 8))[None, None, :]) & 7
+    return ranks.reshape(BLOCK_N, COUNT)
+
+
+@triton.jit
+def spread(kept, ranks):
+    """Kept weights `[BLOCK_N, 2·COUNT]` and the ranks of their pairs `[BLOCK_N, COUNT]` → `[BLOCK_N, 4·COUNT]`."""
+    BLOCK_N: tl.constexpr = ranks.shape[0]
+    COUNT: tl.constexpr = ranks.shape[1]
+    first, second = tl.split(kept.reshape(BLOCK_N, COUNT, 2))
+    low = tl.where(ranks < 3, 0, tl.where(ranks < 5, 1, 2))
+    high = tl.where(ranks < 3, ranks + 1, tl.where(ranks < 5, ranks - 1, 3))
+    zeros = tl.zeros_like(first)
+    w0 = tl.where(low == 0, first, zeros)
+    w1 = tl.where(low == 1, first, tl.where(high == 1, second, zeros))
+    w2 = tl.where(low == 2, first, tl.where(high == 2, second, zeros))
+    w3 = tl.where(high == 3, second, zeros)
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@triton.jit
+def weight_tile(
+    codes, scale, second, zero, table, indices, rows, start, N, K, groups,
+    stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
+    ELEMENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
+    OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr, SPARSE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Weights `[BLOCK_N, BLOCK_K]`: what `stored_tile` reads, with the zeros of a 2:4 sparse weight between."""
+    STORED: tl.constexpr = BLOCK_K // 2 if SPARSE else BLOCK_K
+    tile = stored_tile(
+        codes, scale, second, zero, table, rows, start // 2 if SPARSE else start, N, groups,
+        stride_codes, stride_scale, stride_zero, row_bytes,
+        ELEMENT, BITS, GROUP, SCALE, ZERO, OFFSET, MANTISSA, BIAS, PER_ROW, STORED,
+    )  # fmt: skip
+    if SPARSE:
+        fours = (K // 4 * 3 + 7) // 8
+        tile = spread(tile, rank_tile(indices, rows, start // 4, N, stride_indices, fours, BLOCK_K // 4))
+    return tile

@@ -1,0 +1,125 @@
+"""Text generation on a CPU with a key-value cache: paretoc on ONNX Runtime against transformers in PyTorch eager.
+
+    python benchmarks/generate.py stories | llama [--threads 2] [--runs 20]
+
+`stories`: stories260k, a real Llama of 260 K parameters, 200 tokens greedy: is the text the same, and where it
+differs, how close were the two tokens. `llama`: a random Llama of 238 M parameters (16 layers, width 1024, 16 heads,
+feed-forward 2816, vocabulary 32000, tied embeddings), one token with 128 in the cache. Calls run interleaved in one
+process; medians, minima in brackets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import paretoc as pc
+import torch
+from _models import arguments, data_folder, interleaved
+from torch import Tensor
+
+#: its feed-forward is 172 wide, which no larger group divides
+STORIES = ["quantize:W4A16,group_size=32,ignore=*.down_proj", "quantize:W4A16,group_size=0,targets=*.down_proj"]
+LLAMA = ["quantize:W4A16,group_size=128"]
+PAST = 128
+
+
+def compiled(model: Any, length: int, recipe: list[str]) -> dict[str, Any]:
+    causal = pc.CausalLM(model, max_length=length)
+    recipes: dict[str, list[str]] = {"fp32": [], "W4A16": recipe}
+    return {f"paretoc {name}": pc.compile(causal, passes, verify=False) for name, passes in recipes.items()}
+
+
+def show(times: dict[str, tuple[float, float]], tokens: int) -> None:
+    base, *_ = times.values()
+    for name, (middle, least) in times.items():
+        each = f"{middle / tokens:7.2f} ms ({least / tokens:6.2f}) a token"
+        rate = f"{1e3 * tokens / middle:7.0f} tokens/s ({1e3 * tokens / least:5.0f})"
+        print(f"  {name:20s} {each}  {rate}  {base[0] / middle:5.2f} × eager ({base[1] / least:5.2f})")
+
+
+def run_stories(folder: str | None, runs: int) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(data_folder(folder) / "stories260k").eval()
+    prompt, tokens = torch.tensor([[1]]), 200
+    options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    models = compiled(model, 512, STORIES)
+
+    def transformers() -> Tensor:
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)  # type: ignore[no-any-return]
+
+    want = transformers()
+    print(f"stories260k, {tokens} tokens after one")
+    for name, ours in models.items():
+        text = ours.generate(prompt, max_new_tokens=tokens, eos_token_id=[])
+        differs = (text != want).nonzero()
+        print(f"  {name}: " + (difference(model, want, text, int(differs[0, 1])) if len(differs) else "the same text"))
+    calls: dict[str, Callable[[], Any]] = {"transformers eager": transformers}
+    calls |= {
+        name: lambda ours=ours: ours.generate(prompt, max_new_tokens=tokens, eos_token_id=[])
+        for name, ours in models.items()
+    }
+    show(interleaved(calls, runs), tokens)
+    print(f"  cache: {cache_bytes(models, tokens + 1):,} bytes for {tokens + 1} tokens")
+
+
+def difference(model: Any, want: Tensor, got: Tensor, place: int) -> str:
+    """Where two texts part, and what the original model thought of the two tokens."""
+    with torch.no_grad():
+        probabilities = model(want[:, :place]).logits[0, -1].softmax(-1)
+    theirs, ours = (float(probabilities[text[0, place]]) for text in (want, got))
+    return f"differs from token {place} on, where the model gives {theirs:.3f} to its own and {ours:.3f} to this"
+
+
+def run_llama(folder: str | None, runs: int) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.cache_utils import DynamicCache
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=1024, num_hidden_layers=16, num_attention_heads=16, intermediate_size=2816, vocab_size=32000,
+        tie_word_embeddings=True, max_position_embeddings=1024,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 32000, (1, PAST + 1))
+    past = DynamicCache(config=config)
+    with torch.inference_mode():
+        model(ids[:, :PAST], past_key_values=past)
+
+    def eager() -> None:
+        with torch.inference_mode():
+            model(ids[:, PAST:], past_key_values=past)
+        past.crop(-1)
+
+    models = compiled(model, 1024, LLAMA)
+    calls: dict[str, Callable[[], Any]] = {"transformers eager": eager}
+    calls |= {name: one_token(ours, ids) for name, ours in models.items()}
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"Llama of {parameters / 1e6:.0f} M parameters, one token with {PAST} in the cache")
+    show(interleaved(calls, runs), 1)
+    for name, ours in models.items():
+        print(f"  {name}: {ours._compiled().executable.stored_bytes() / 1e6:.0f} MB of weights")
+    print(f"  cache: {cache_bytes(models, PAST + 1):,} bytes for {PAST + 1} tokens")
+
+
+def one_token(ours: Any, ids: Tensor) -> Callable[[], Tensor]:
+    """The same decode step again and again: it writes the same row of the cache."""
+    decoder = ours._compiled().executable.decoder(ours.program.interface.cache, 1, PAST + 1)
+    mask, place = torch.ones_like(ids), torch.arange(PAST + 1)[None]
+    decoder(ids[:, :PAST].contiguous(), mask[:, :PAST].contiguous(), place[:, :PAST].contiguous())
+    return lambda: decoder(ids[:, PAST:], mask, place[:, PAST:])
+
+
+def cache_bytes(models: dict[str, Any], tokens: int) -> int:
+    first = next(iter(models.values()))
+    return first.program.interface.cache.nbytes(1, tokens)  # type: ignore[no-any-return]
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__)
+    parser.add_argument("model", choices=("stories", "llama"))
+    parser.add_argument("--runs", type=int, default=20)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    {"stories": run_stories, "llama": run_llama}[chosen.model](chosen.data, chosen.runs)

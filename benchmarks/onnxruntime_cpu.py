@@ -1,0 +1,204 @@
+"""Latency and error on a CPU: paretoc on ONNX Runtime against PyTorch and the public quantisers, model by model.
+
+    python benchmarks/onnxruntime_cpu.py minilm bert vit resnet50 [--threads 2] [--runs 20]
+
+Peers: ONNX Runtime's own export and its two quantisers; OpenVINO with NNCF where they are installed. All contenders of
+a row run interleaved in one process; the table gives medians, minima in brackets, multiples of PyTorch eager fp32
+(medians, minima) and the relative L2 error of the first output against PyTorch eager. MiniLM has its real weights, the
+others random ones.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import paretoc as pc
+import torch
+from _models import Resnet50, arguments, interleaved, minilm
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from torch import Tensor
+
+Call = Callable[[], Any]
+
+
+@dataclass
+class Workload:
+    """A model, the example it is compiled with, batches to calibrate on, the rows to time, and our recipes."""
+
+    title: str
+    model: Any
+    example: dict[str, Tensor]
+    calibration: list[dict[str, Tensor]]
+    batches: tuple[int, ...]
+    recipes: dict[str, list[str]]
+
+
+MERGING = {"merge r=13": ["merge_tokens:13"], "W8A8-dynamic + merge r=13": ["merge_tokens:13", "quantize:W8A8-dynamic"]}
+TRANSFORMER = {"fp32": [], "W8A8-dynamic": ["quantize:W8A8-dynamic"], "W8A8 static": ["quantize:W8A8"]}
+FOLDED = {"fp32": [], "W8A8 static": ["quantize:W8A8"]}
+
+
+def workload_minilm() -> Workload:
+    model, tokenizer = minilm()
+    text = "the quick brown fox jumps over a lazy dog while many people watch it in the park today"
+    words = text.split(" ")
+    generator = np.random.default_rng(0)
+    sentences = [" ".join(generator.choice(words, 110)) for _ in range(32)]
+    encoded = dict(tokenizer(sentences, padding="max_length", max_length=128, truncation=True, return_tensors="pt"))
+    batches = [{k: v[i : i + 8] for k, v in encoded.items()} for i in range(0, 32, 8)]
+    recipes = {n: [f"{p},embeddings=true" for p in passes] for n, passes in TRANSFORMER.items()}
+    return Workload("MiniLM-L6, 128 tokens", model, batches[0], batches, (1, 8), recipes)
+
+
+def workload_bert() -> Workload:
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig()).eval()
+    encoded = {"input_ids": torch.randint(0, 30000, (4, 128)), "attention_mask": torch.ones(4, 128, dtype=torch.long)}
+    batches = [{k: v[i : i + 1] for k, v in encoded.items()} for i in range(4)]
+    return Workload("BERT-base, 128 tokens", model, batches[0], batches, (1,), TRANSFORMER)
+
+
+def workload_vit() -> Workload:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536)
+    images = torch.randn(8, 3, 224, 224)
+    batches = [{"pixel_values": images[i : i + 2]} for i in range(0, 8, 2)]
+    model = ViTForImageClassification(config).eval()
+    return Workload("ViT-S, 197 tokens", model, {"pixel_values": images}, batches, (1, 8), TRANSFORMER | MERGING)
+
+
+def workload_resnet50() -> Workload:
+    images = torch.randn(8, 3, 224, 224)
+    batches = [{"x": images[i : i + 2]} for i in range(0, 8, 2)]
+    model = Resnet50()
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.momentum = 1.0  # one pass gives every norm the statistics of its input
+    with torch.no_grad():
+        model.train()(images)
+    return Workload("ResNet-50, 224 × 224", model.eval(), {"x": images[:1]}, batches, (1,), FOLDED)
+
+
+def first(output: Any) -> Tensor:
+    """The first tensor of what a model returns."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, np.ndarray):
+        return torch.from_numpy(output)
+    return first(next(iter(output.values())) if isinstance(output, Mapping) else output[0])
+
+
+def error(output: Any, reference: Tensor) -> float:
+    return float((first(output).double() - reference.double()).norm() / reference.double().norm())
+
+
+class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no types
+    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
+        self.batches = iter(batches)
+
+    def get_next(self) -> dict[str, Any] | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {k: v.numpy() for k, v in batch.items()}
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def ort_peers(load: Workload, root: Path) -> Iterator[tuple[str, onnxruntime.InferenceSession]]:
+    """ONNX Runtime on the exporter's own graph, and its two quantisers with their recommended settings."""
+    plain = root / "fp32.onnx"
+    axes = {k: {0: torch.export.Dim("batch")} for k in load.example}
+    exported = torch.onnx.export(
+        load.model, kwargs=load.example, dynamo=True, dynamic_shapes=axes, optimize=True, verbose=False
+    )
+    assert exported is not None
+    exported.save(plain)
+    yield "ORT fp32, PyTorch's export", session(plain)
+    convolutional = any(isinstance(m, torch.nn.Conv2d) for m in load.model.modules()) and len(load.recipes) == 2
+    if not convolutional:  # quantize_dynamic makes ConvInteger of convolutions, which is slower than fp32
+        quantize_dynamic(plain, root / "dynamic.onnx", weight_type=QuantType.QInt8, per_channel=True)
+        yield "ORT quantize_dynamic", session(root / "dynamic.onnx")
+    quantize_static(
+        plain, root / "static.onnx", Reader(load.calibration), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        op_types_to_quantize=None if convolutional else ["MatMul"],
+    )  # fmt: skip
+    yield "ORT quantize_static", session(root / "static.onnx")
+
+
+def openvino_peer(load: Workload) -> Iterator[tuple[str, Callable[[dict[str, Tensor]], Any]]]:
+    if not (importlib.util.find_spec("openvino") and importlib.util.find_spec("nncf")):
+        return
+    import nncf
+    import openvino
+
+    converted = openvino.convert_model(load.model, example_input=load.example)
+    kind = None if len(load.recipes) == 2 else nncf.ModelType.TRANSFORMER
+    quantised = nncf.quantize(
+        converted, nncf.Dataset(load.calibration, lambda b: {k: v.numpy() for k, v in b.items()}), model_type=kind
+    )
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    for name, model in (("OpenVINO fp32", converted), ("OpenVINO, NNCF int8", quantised)):
+        compiled = openvino.Core().compile_model(model, "CPU", settings | {"INFERENCE_PRECISION_HINT": "f32"})
+        yield name, lambda feed, c=compiled: c([v.numpy() for v in feed.values()])[0]
+
+
+def run(load: Workload, runs: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        peers: dict[str, Callable[[dict[str, Tensor]], Any]] = {}
+        for name, started in ort_peers(load, Path(folder)):
+            known = {i.name for i in started.get_inputs()}
+            peers[name] = lambda feed, s=started, known=known: s.run(
+                None, {k: v.numpy() for k, v in feed.items() if k in known}
+            )
+        peers |= dict(openvino_peer(load))
+        for name, passes in load.recipes.items():
+            compiled = pc.compile(load.model, passes, example_inputs=load.example, calibration=load.calibration)
+            peers[f"paretoc {name}"] = lambda feed, c=compiled: c(**feed)
+    for batch in load.batches:
+        feed = {k: v[:batch].contiguous() for k, v in load.example.items()}
+
+        def eager(feed: dict[str, Tensor] = feed) -> Any:
+            with torch.inference_mode():
+                return load.model(**feed)
+
+        reference = first(eager()).clone()
+        calls: dict[str, Call] = {"PyTorch eager fp32": eager}
+        calls |= {n: (lambda call=call, feed=feed: call(feed)) for n, call in peers.items()}
+        errors = {n: error(call(), reference) for n, call in calls.items()}
+        times = interleaved(calls, runs)
+        base = times["PyTorch eager fp32"]
+        print(f"\n{load.title}, batch {batch}\n{'':34s}{'ms':>9s} {'(min)':>9s}  × eager  (minima)  error")
+        for name, (middle, least) in times.items():
+            print(
+                f"  {name:32s}{middle:9.2f} ({least:7.2f})  {base[0] / middle:6.2f}    ({base[1] / least:5.2f})"
+                f"   {errors[name]:.1e}",
+                flush=True,
+            )
+
+
+WORKLOADS = {"minilm": workload_minilm, "bert": workload_bert, "vit": workload_vit, "resnet50": workload_resnet50}
+
+if __name__ == "__main__":
+    parser = arguments(__doc__)
+    parser.add_argument("models", nargs="*", choices=[[], *WORKLOADS], default=[*WORKLOADS])
+    parser.add_argument("--runs", type=int, default=20)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    for name in chosen.models:
+        torch.manual_seed(0)
+        run(WORKLOADS[name](), chosen.runs)

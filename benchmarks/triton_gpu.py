@@ -1,0 +1,187 @@
+"""Triton kernels on the GPU of this machine: right against float64, and how fast against PyTorch's own.
+
+    python benchmarks/triton_gpu.py [--runs 50] [--only W4A16] [--shapes 4096x4096,28672x8192]
+
+Times are medians of CUDA events, in µs, with inputs that rotate past the L2 cache. Bandwidth and peak are measured on
+the same card first: a copy, and a large bfloat16 product. `error` is the largest |y − y64| / (|x|·|W|ᵀ), where y64 is
+the float64 product of the decoded weights and rounded activations.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from statistics import median
+from typing import Any
+
+import paretoc as pc
+import torch
+from torch import Tensor
+
+TOKENS = (1, 4, 16, 512, 4096)
+SHAPES = "4096x4096,14336x4096,28672x8192"
+#: scheme → (weights, activations)
+SCHEMES = {
+    "W4A16": ("Affine(4, 128, scale='float16')", ""),
+    "W8A16": ("Affine(8)", ""),
+    "W2A16": ("Affine(2, 64, symmetric=False, scale='float16')", ""),
+    "MXFP4": ("Float('e2m1', 32, 'e8m0')", ""),
+    "NVFP4": ("Float('e2m1', 16, 'e4m3')", ""),
+    "NF4": ("NF4(64, scale='float16')", ""),
+    "2:4 W4A16": ("NM(2, 4, values=Affine(4, 128, scale='float16'))", ""),
+    "W8A8": ("Affine(8)", "int8"),
+    "W4A8": ("Affine(4, 128)", "int8"),
+    "FP8": ("Float('e4m3')", "e4m3"),
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What this GPU does: bytes a second copied, operations a second in bfloat16, bytes of cache."""
+
+    name: str
+    bandwidth: float
+    peak: float
+    cache: int
+
+
+def timed(call: Callable[[Any], object], inputs: Iterator[Any], runs: int) -> float:
+    """Median µs of a call, each time on the next input. All are queued before the first is waited for."""
+    for _ in range(5):
+        call(next(inputs))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for first, last in events:
+        value = next(inputs)
+        first.record()
+        call(value)
+        last.record()
+    torch.cuda.synchronize()
+    return 1e3 * median(first.elapsed_time(last) for first, last in events)
+
+
+def measured_card(runs: int) -> Card:
+    properties = torch.cuda.get_device_properties(0)
+    big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    copy = timed(lambda target: target.copy_(big), cycle([torch.empty_like(big)]), runs)
+    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    product = timed(lambda b: a @ b, cycle([a.clone()]), runs)
+    return Card(properties.name, 2 * big.numel() / copy * 1e6, 2 * 8192**3 / product * 1e6, properties.L2_cache_size)
+
+
+def rotating(make: Callable[[], Any], size: int, cache: int) -> Iterator[Any]:
+    """Enough copies of what `make` makes (`size` bytes) that none is still in the cache when its turn comes again."""
+    return cycle([make() for _ in range(min(max(2, 2 * cache // size + 1), 64))])
+
+
+@dataclass
+class Layer:
+    """One weight under one scheme, with its kernel and PyTorch's nearest equivalent."""
+
+    scheme: str
+    N: int
+    K: int
+
+    def __post_init__(self) -> None:
+        from paretoc.backends.triton.kernels.weights import array_names
+
+        text, self.code = SCHEMES[self.scheme]
+        encoding = pc.parse_encoding(text)
+        self.text = str(encoding)
+        weight = torch.randn(self.N, self.K, device="cuda") / self.K**0.5
+        arrays = encoding.encode(weight)
+        self.decoded = encoding.decode(arrays, (self.N, self.K))
+        self.arrays = list(arrays.values())
+        if len(array_names(encoding, (self.N, self.K))) > len(self.arrays):
+            self.arrays.append(encoding.stored_table(arrays))  # type: ignore[attr-defined]  # look-up encodings have it
+        self.size = sum(a.nbytes for a in self.arrays)
+
+    def quantised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.paretoc_triton.quantize_tokens(x, self.code)  # type: ignore[no-any-return]
+
+    def kernel(self, x: Tensor) -> Callable[[list[Tensor]], Tensor]:
+        operators = torch.ops.paretoc_triton
+        if not self.code:
+            return lambda arrays: operators.weight_only_linear(x, arrays, self.text, self.N, None)
+        codes, scale = self.quantised(x)
+        return lambda arrays: operators.quantized_linear(
+            codes, scale, None, 8, arrays, self.text, self.N, None, x.dtype
+        )
+
+    def error(self, x: Tensor) -> float:
+        y, rounded = self.kernel(x)(self.arrays), x.double()
+        if self.code:
+            codes, scale = self.quantised(x)
+            rounded = codes.double() * scale.double().unsqueeze(1)
+        weight = self.decoded.double()
+        return float(((y.double() - rounded @ weight.T).abs() / (rounded.abs() @ weight.abs().T)).max())
+
+    def peer(self, x: Tensor, cache: int) -> tuple[str, Callable[[Tensor], Tensor], Iterator[Tensor]] | None:
+        """PyTorch's product of the same types, for a weight that is passed; None where it has none."""
+        if not self.code:
+            return None
+        codes, scale = self.quantised(x)
+        wide = self.decoded.new_ones(1, self.N)
+        if self.code == "int8" and x.shape[0] > 16:  # what torch._int_mm asks for
+            ones = torch.ones(self.K, self.N, dtype=torch.int8, device="cuda")
+            weights = rotating(ones.clone, ones.nbytes, cache)
+            return "torch._int_mm", lambda w: torch._int_mm(codes, w), weights
+        if self.code == "e4m3" and torch.cuda.get_device_capability() >= (8, 9):
+            weights = rotating(lambda: self.decoded.to(torch.float8_e4m3fn), self.N * self.K, cache)
+            rows = scale.unsqueeze(1)
+            return (
+                "torch._scaled_mm",
+                lambda w: torch._scaled_mm(codes, w.T, rows, wide, out_dtype=torch.bfloat16),
+                weights,
+            )
+        return None
+
+
+def row(layer: Layer, M: int, card: Card, runs: int) -> str:
+    x = torch.randn(M, layer.K, dtype=torch.bfloat16, device="cuda")
+    ours = timed(layer.kernel(x), rotating(lambda: [a.clone() for a in layer.arrays], layer.size, card.cache), runs)
+    dense = layer.decoded.bfloat16()
+    bf16 = timed(lambda w: x @ w.T, rotating(dense.clone, dense.nbytes, card.cache), runs)
+    best = max((layer.size + x.nbytes + 2 * M * layer.N) / card.bandwidth, 2 * M * layer.N * layer.K / card.peak) * 1e6
+    found = layer.peer(x, card.cache)
+    peer = ""
+    if found is not None:
+        name, call, weights = found
+        peer = f"{timed(call, weights, runs) / ours:5.2f} × {name}"
+    return (
+        f"{layer.scheme:10s} {layer.N:6d} × {layer.K:<6d} {M:5d} {ours:9.1f} {best / ours:7.0%} "
+        f"{bf16 / ours:6.2f} × bf16   {layer.error(x):8.1e}   {peer}"
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--only", choices=SCHEMES, action="append", help="a scheme; may be given again")
+    parser.add_argument("--shapes", default=SHAPES, help="N x K of the weights")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no GPU: nothing to measure")
+    import triton
+    from paretoc.backends.triton import lower  # noqa: F401  # makes the operators
+
+    torch.manual_seed(0)
+    card = measured_card(options.runs)
+    print(f"{card.name}, PyTorch {torch.__version__}, Triton {triton.__version__}, medians of {options.runs} runs")
+    print(f"copy {card.bandwidth / 1e9:.0f} GB/s, bfloat16 {card.peak / 1e12:.0f} TFLOP/s")
+    print("scheme          N × K         M        µs   bound  speed-up        error   against")
+    for shape in options.shapes.split(","):
+        N, K = map(int, shape.split("x"))
+        for scheme in options.only or SCHEMES:
+            layer = Layer(scheme, N, K)
+            for M in TOKENS:
+                print(row(layer, M, card, options.runs), flush=True)
+
+
+if __name__ == "__main__":
+    main()

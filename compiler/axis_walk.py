@@ -1,0 +1,225 @@
+"""One pass over a graph that asks a rule per operator which dimensions are the same.
+
+A rule gets the walk and a node, equates and pins dimensions of its operands, and returns the dimensions of the result
+(a list of them for an operator with several results). An operator without a rule, or whose rule does not fit the
+shapes, pins all that it reads and makes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .axis_terms import ACTIONS, Cat, Dim, Pin, equate, factors, fresh, pin, size
+from .norms import norms
+from .program import Program, argument, example_shape, hint, operands
+
+Dims = list[Dim]
+Rule = Callable[["Walk", fx.Node], Any]
+
+#: operator (or its name, for one that another library registers) → rule
+RULES: dict[Any, Rule] = {}
+#: operators whose stored operands are weights, whatever they are called
+WEIGHTED: set[Any] = set()
+
+
+def rule(*targets: Any, weighted: bool = False) -> Callable[[Rule], Rule]:
+    """Register the rule of these operators."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(targets, function))
+        WEIGHTED.update(targets if weighted else ())
+        return function
+
+    return register
+
+
+@dataclass(frozen=True, eq=False)
+class Literal:
+    """Sizes that a node is given as arguments: `write(node, sizes of dims)` renews them."""
+
+    node: fx.Node
+    dims: Sequence[Dim]
+    write: Callable[[fx.Node, list[int]], None]
+
+    def renew(self) -> None:
+        self.write(self.node, [size(dim) for dim in self.dims])
+
+
+class Walk:
+    """`dims` holds, per node, the dimensions of its value; `ends` the weights that sum over an axis ("readers") and
+    those that make it ("writers"), as (operator, dimension of the weight)."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.dims: dict[fx.Node, Any] = {}
+        self.literals: list[Literal] = []
+        self.ends: dict[str, list[tuple[fx.Node, Dim]]] = {"readers": [], "writers": []}
+        self.norms = {norm.output: norm for norm in norms(program)}
+        self.normed = {node for norm in self.norms.values() for node in norm.inside} | set(self.norms)
+        for node in program.graph.nodes:
+            if node.op == "output":
+                for read in node.all_input_nodes:
+                    self.pin(self.of(read), node, "it is an output of the model")
+            else:
+                self.dims[node] = self._dims(node)
+
+    def _dims(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self.fixed(node, "it is an input of the model")
+        if node.op == "get_attr":
+            return self._stored(node)
+        made = self._rule(node.target)(self, node)
+        if not _fits(made, node.meta.get("val")):
+            made = unknown(self, node)
+        if node in self.norms:
+            self._norm(node, made)
+        return made
+
+    def _rule(self, target: Any) -> Rule:
+        tagged = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+        found = RULES.get(target) or RULES.get(str(target))
+        return found or (RULES[torch.Tag.pointwise] if tagged else unknown)
+
+    def _stored(self, node: fx.Node) -> Any:
+        """A weight is free; what the model computes for itself (position numbers, rotary frequencies) is not."""
+        if not node.meta["val"].is_floating_point():
+            return self.fixed(node, "it is a table of integers")
+        if str(node.target) in self.program.state_names or any(user.target in WEIGHTED for user in node.users):
+            return self.new(node)
+        return self.fixed(node, f"{node.target} is a constant of the model, outside its state dict")
+
+    def _norm(self, node: fx.Node, made: Dims) -> None:
+        """A norm commutes with a rotation of what it normalises if it neither weighs nor centres it."""
+        norm = self.norms[node]
+        pin_all(made[:-1], Pin("a norm reads it", node), "rotate")
+        if norm.weight is not None and norm.weight.source is not None:
+            pin(made[-1], Pin("a norm multiplies each channel by a weight of its own", node), "rotate")
+        elif norm.centred:
+            pin(made[-1], Pin("a norm subtracts the mean over it", node), "rotate")
+
+    # -- what rules are written with ------------------------------------------------------------------------------
+
+    def of(self, value: Any) -> Dims:
+        """The dimensions of a tensor operand; none for anything else."""
+        return self.dims[value] if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor) else []
+
+    def given(self, node: fx.Node, index: int, name: str) -> Dims:
+        """The dimensions of an argument that may be left out."""
+        return self.of(argument(node, index, name))
+
+    def new(self, node: fx.Node) -> Dims:
+        """New axes for a value."""
+        return [fresh(extent) for extent in example_shape(node)]
+
+    def fixed(self, node: fx.Node, why: str) -> Any:
+        """New axes, all pinned, for a value of one or several tensors."""
+        return _fixed(node.meta.get("val"), self.every(why, node))
+
+    def every(self, why: str, node: fx.Node) -> dict[str, Pin]:
+        """One reason against every action."""
+        return dict.fromkeys(ACTIONS, Pin(why, node))
+
+    def pin(self, dims: Sequence[Dim], node: fx.Node, why: str, *actions: str) -> None:
+        """Forbid actions, all if none is named. Whether a norm may be rotated is not for its parts to say."""
+        forbidden = [a for a in actions or ACTIONS if a != "rotate" or node not in self.normed]
+        pin_all(dims, Pin(why, node), *forbidden)
+
+    def bend(self, dims: Sequence[Dim], node: fx.Node) -> None:
+        """The operator does not commute with a change of the channels' values along these dimensions."""
+        self.pin(dims, node, f"{node.target} does not commute with it", "rotate", "scale")
+
+    def same(self, a: Dim, b: Dim, node: fx.Node) -> Dim:
+        """Both are the same dimension, or one has size 1."""
+        if a and b:
+            equate(a, b, Pin("axes of different structure meet", node))
+        return a or b
+
+    def broadcast(self, node: fx.Node, values: Sequence[Dims]) -> Dims:
+        """The dimensions of values that are aligned from the last one."""
+        made: Dims = [()] * max(map(len, values), default=0)
+        for dims in values:
+            for place in range(1, len(dims) + 1):
+                made[-place] = self.same(made[-place], dims[-place], node)
+        return made
+
+    def reads(self, node: fx.Node, dim: Dim) -> None:
+        """A weight sums over its dimension `dim`."""
+        self.ends["readers"].append((node, dim))
+
+    def writes(self, node: fx.Node, dim: Dim) -> None:
+        """A weight makes the channels of its dimension `dim`."""
+        self.ends["writers"].append((node, dim))
+
+    def sized(self, node: fx.Node, path: tuple[int, ...], dim: Dim) -> None:
+        """The argument at `path` is the size of `dim`; −1 asks PyTorch to find it."""
+        given = _read(node, path)
+        if isinstance(given, fx.Node):
+            _pin_parts(dim, Pin("its size is a part of a computed one", node))
+            before = size(dim)
+            self.literals.append(Literal(node, [dim], lambda node, sizes: _scale(node, path, given, sizes[0], before)))
+        elif given != -1:
+            self.literals.append(Literal(node, [dim], lambda node, sizes: write(node, path, sizes[0])))
+
+
+def pin_all(dims: Sequence[Dim], why: Pin, *actions: str) -> None:
+    for dim in dims:
+        pin(dim, why, *actions)
+
+
+def _read(node: fx.Node, path: tuple[int, ...]) -> Any:
+    given: Any = operands(node)
+    for index in path:
+        given = given[index]
+    return given
+
+
+def write(node: fx.Node, path: tuple[int, ...], value: Any) -> None:
+    """Put a value at args[path[0]] or args[path[0]][path[1]]."""
+    if len(path) > 1:
+        value = [value if i == path[1] else old for i, old in enumerate(operands(node)[path[0]])]
+    node.update_arg(path[0], value)
+
+
+def _scale(node: fx.Node, path: tuple[int, ...], given: fx.Node, times: int, over: int) -> None:
+    """A computed size (batch × heads) that had a factor of another value."""
+    graph = node.graph
+    with graph.inserting_before(node):
+        product = graph.call_function(operator.mul, (given, times))
+        write(node, path, graph.call_function(operator.floordiv, (product, over)))
+
+
+def _pin_parts(dim: Dim, why: Pin) -> None:
+    for factor in factors(dim):
+        if isinstance(factor, Cat):
+            pin((factor,), why, "slice")
+
+
+def _fits(made: Any, value: Any) -> bool:
+    """Whether a rule gave every result its dimensions, of the right sizes."""
+    if isinstance(value, Tensor):
+        return [size(dim) for dim in made] == [hint(extent) for extent in value.shape]
+    if isinstance(value, (list, tuple)):
+        return len(made) == len(value) and all(map(_fits, made, value))
+    return True
+
+
+def _fixed(value: Any, pins: dict[str, Pin]) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_fixed(part, pins) for part in value]
+    return [fresh(hint(extent), pins) for extent in value.shape] if isinstance(value, Tensor) else []
+
+
+def unknown(w: Walk, node: fx.Node) -> Any:
+    """Nothing may change on either side."""
+    why = f"{node.target} is not known to treat all channels alike"
+    for read in node.all_input_nodes:
+        several = isinstance(read.meta.get("val"), (list, tuple))
+        for dims in w.dims[read] if several else [w.dims[read]]:
+            w.pin(dims, node, why)
+    return w.fixed(node, why)

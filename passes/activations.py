@@ -1,0 +1,87 @@
+"""x → q(x): where a scheme rounds activations, and under which ranges.
+
+Inputs of layers, one quantiser for everything that reads them. On request also the operands of both products of an
+attention, q(Q)·q(K)ᵀ and q(P)·q(V): probabilities P lie in [0, 1], which needs no calibration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..compiler.attention import decompose, operand_places
+from ..compiler.dialect.activations import affine_parameters
+from ..compiler.passes import Context
+from ..compiler.program import Program, operands
+from ..compiler.sites import AttentionSite, Site
+from ..compiler.statistics import Histogram, Statistic
+from .ranges import parse_range
+
+_PROBABILITIES = torch.tensor([0.0, 1.0])
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How activations are rounded. `mode` is "static", unsigned 8 bit under the `range` that `ranges.py` finds on
+    calibration data, or "dynamic", with the `code` and `granularity` of `paretoc::fake_quantize_dynamic`."""
+
+    mode: str
+    code: str = "int8"
+    granularity: str = "tensor"
+    range: str = "mse"
+
+    def needs(self, sources: Sequence[fx.Node]) -> list[Statistic]:
+        """What calibration has to find out about the values to round."""
+        return [Histogram(source.name) for source in sources] if self.mode == "static" else []
+
+    def round_inputs(self, program: Program, sites: Sequence[Site], ctx: Context) -> None:
+        """Round what layers read: one quantiser for each distinct input (q, k, v). A convolution sees no tokens: its
+        dynamic range is that of the tensor."""
+        done: dict[tuple[fx.Node, str], fx.Node] = {}
+        for site in sites:
+            how = replace(self, granularity="tensor") if site.kind == "conv" else self
+            key = site.input, how.granularity
+            if key not in done:
+                done[key] = how._quantizer(program, site.input, site.node, ctx)
+            site.node.update_arg(0, done[key])
+
+    def round_attention(self, program: Program, site: AttentionSite, ctx: Context) -> str:
+        """Round queries, keys, values and probabilities; returns why that is not possible, or nothing. A fused
+        attention is taken apart: call `program.refresh()` behind the last one."""
+        if operands(site.node)[0].target is torch.ops.paretoc.fake_quantize.default:
+            return "its products are quantised already"
+        for reader, index in operand_places(site):
+            reader.update_arg(index, self._quantizer(program, operands(reader)[index], reader, ctx))
+        product = decompose(program, site) if site.fused else site.node
+        product.update_arg(0, _static(program, operands(product)[0], product, _PROBABILITIES))
+        return ""
+
+    def _quantizer(self, program: Program, source: fx.Node, reader: fx.Node, ctx: Context) -> fx.Node:
+        if self.mode == "dynamic":
+            return dynamic(program, source, reader, self.granularity, self.code)
+        return _static(program, source, reader, parse_range(self.range)(*ctx.statistic(Histogram(source.name))))
+
+
+def dynamic(program: Program, source: fx.Node, reader: fx.Node, granularity: str, code: str) -> fx.Node:
+    """`paretoc::fake_quantize_dynamic` of `source`, before `reader`."""
+    return _insert(program, torch.ops.paretoc.fake_quantize_dynamic.default, (source, granularity, code), reader)
+
+
+def _static(program: Program, source: fx.Node, reader: fx.Node, bounds: Tensor) -> fx.Node:
+    scale, zero = affine_parameters(*bounds)
+    stored = [
+        program.attribute(f"activations.{reader.name}.{source.name}.{key}", value, before=reader)
+        for key, value in (("scale", scale), ("zero", zero.to(torch.uint8)))
+    ]
+    return _insert(program, torch.ops.paretoc.fake_quantize.default, (source, *stored), reader)
+
+
+def _insert(program: Program, target: Any, arguments: tuple[fx.Node | str, ...], reader: fx.Node) -> fx.Node:
+    with program.graph.inserting_before(reader):
+        node = program.graph.call_function(target, arguments)
+    node.meta.update({k: reader.meta[k] for k in ("nn_module_stack", "stack_trace") if k in reader.meta})
+    return node

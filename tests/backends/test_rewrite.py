@@ -1,0 +1,268 @@
+"""Rewrite rules: equal results before and after, refusals with reasons, and a planted bug is caught."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript.rewriter import MatchingTracer
+from onnxscript.rewriter.pattern import RewriteRuleSet
+from paretoc.backends.onnxruntime.rewrite import (
+    GroupedHeads,
+    HeadsInside,
+    ResidualSum,
+    RootMeanSquareNorm,
+    Rotary,
+    RotaryInside,
+)
+
+B, T, HEADS, WIDTH = 2, 5, 3, 4
+CHANNELS = HEADS * WIDTH
+
+
+def _model(text: str) -> onnx.ModelProto:
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 23]> {text}')
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def _run(model: onnx.ModelProto) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    generator = np.random.default_rng(0)
+    feeds = {
+        i.name: generator.random([B if d == "B" else T if d == "T" else d for d in i.shape]) > 0.3
+        if i.type == "tensor(bool)"
+        else generator.standard_normal([B if d == "B" else T if d == "T" else d for d in i.shape]).astype(np.float32)
+        for i in session.get_inputs()
+    }
+    return session.run(None, feeds)
+
+
+def _rules(rule) -> RewriteRuleSet:
+    return RewriteRuleSet([rule.rule(remove_nodes=False)], commute=True)
+
+
+def _applied(rule, model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
+    rewritten = ir.from_proto(model)
+    count = _rules(rule).apply_to_model(rewritten)
+    RemoveUnusedNodesPass()(rewritten)
+    return ir.to_proto(rewritten), count
+
+
+def _equal(rule, text: str) -> list[str]:
+    """Operators after the rule, which must have changed the graph and not the results."""
+    model = _model(text)
+    rewritten, count = _applied(rule, model)
+    assert count > 0
+    for was, now in zip(_run(model), _run(rewritten), strict=True):
+        np.testing.assert_allclose(now, was, rtol=1e-5, atol=1e-6)
+    return [node.op_type for node in rewritten.graph.node]
+
+
+def _reason(rule, text: str) -> str:
+    model, tracer = ir.from_proto(_model(text)), MatchingTracer()
+    assert _rules(rule).apply_to_model(model, tracer=tracer) == 0
+    reasons = [m.match_result.reason for found in tracer.best_matches_map.values() for m in found]
+    return "; ".join(r for r in reasons if r)
+
+
+NORM = """g (float[B,T,12] a, float[B,T,12] b, float[12] scale) => (float[B,T,12] y, float[B,T,12] z) {{
+    total = Add({operands})
+    y = LayerNormalization<axis=-1>(total, scale)
+    z = {second}
+}}"""
+
+
+def test_residual_sum_is_no_add_before_a_norm() -> None:
+    operators = _equal(ResidualSum, NORM.format(operands="a, b", second="Relu(total)"))
+    assert operators == ["Sum", "LayerNormalization", "Relu"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (NORM.format(operands="a, scale", second="Relu(total)"), "equally shaped"),
+        (NORM.format(operands="a, b", second="Relu(total)").replace("(total, scale)", "(a, scale)"), "no LayerNorm"),
+    ],
+    ids=["a bias", "no norm reads it"],
+)
+def test_residual_sum_refuses(text: str, reason: str) -> None:
+    assert reason in _reason(ResidualSum, text)
+
+
+def _attention(split: str = "0, 0, 3, 4", mask: str = "", joined: str = "0, 0, 12", extra: str = "") -> str:
+    return f"""g (float[B,T,12] q, float[B,T,12] k, float[B,T,12] v, bool[B,1,T,T] m) => (float[B,T,12] y) {{
+    split = Constant<value_ints=[{split}]>()
+    joined = Constant<value_ints=[{joined}]>()
+    q4 = Reshape(q, split)
+    k4 = Reshape(k, split)
+    v4 = Reshape(v, split)
+    qt = Transpose<perm=[0, 2, 1, 3]>(q4)
+    kt = Transpose<perm=[0, 2, 1, 3]>(k4)
+    vt = Transpose<perm=[0, 2, 1, 3]>(v4)
+    a = Attention<scale=0.3{extra}>(qt, kt, vt{mask})
+    at = Transpose<perm=[0, 2, 1, 3]>(a)
+    y = Reshape(at, joined)
+}}"""
+
+
+@pytest.mark.parametrize("mask", ["", ", m"])
+@pytest.mark.parametrize("extra", ["", ", is_causal=1"])
+def test_attention_takes_the_heads_inside(mask: str, extra: str) -> None:
+    operators = _equal(HeadsInside, _attention(mask=mask, extra=extra))
+    assert "Transpose" not in operators and operators.count("Attention") == 1
+
+
+def test_attention_keeps_its_scale_and_number_of_heads() -> None:
+    rewritten, _ = _applied(HeadsInside, _model(_attention()))
+    (node,) = (n for n in rewritten.graph.node if n.op_type == "Attention")
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    assert attributes["q_num_heads"] == attributes["kv_num_heads"] == HEADS
+    assert attributes["scale"] == pytest.approx(0.3)
+
+
+def test_attention_with_a_cache_is_left_alone() -> None:
+    text = _attention().replace("bool[B,1,T,T] m", "float[B,3,7,4] pk, float[B,3,7,4] pv")
+    assert "cache" in _reason(HeadsInside, text.replace("(qt, kt, vt)", "(qt, kt, vt, , pk, pv)"))
+
+
+def test_a_result_that_is_joined_to_a_matrix_is_left_alone() -> None:
+    text = _attention(joined="-1, 12").replace("(float[B,T,12] y)", "(float[R,12] y)")
+    assert "not joined" in _reason(HeadsInside, text)
+
+
+def test_a_wrong_rewrite_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def transposed(self, op, q, k, v, result, **_):  # keys and values exchanged
+        return op.Attention(q, v, k, q_num_heads=HEADS, kv_num_heads=HEADS, scale=0.3)
+
+    monkeypatch.setattr(HeadsInside, "rewrite", transposed)
+    with pytest.raises(AssertionError):
+        _equal(HeadsInside, _attention())
+
+
+def _rms(weight: str = "float[12] w", power: float = 2.0, axis: int = -1, product: str = "w, n") -> str:
+    return f"""g (float[B,T,12] x, {weight}) => (float[B,T,12] y) {{
+    two = Constant<value_float={power}>()
+    axes = Constant<value_ints=[{axis}]>()
+    eps = Constant<value_float=0.01>()
+    square = Pow(x, two)
+    mean = ReduceMean<keepdims=1>(square, axes)
+    shifted = Add(mean, eps)
+    root = Sqrt(shifted)
+    inverse = Reciprocal(root)
+    n = Mul(x, inverse)
+    y = Mul({product})
+}}"""
+
+
+@pytest.mark.parametrize("text", [_rms(), _rms(product="n, w"), _rms(axis=2)], ids=["", "the other way", "axis 2"])
+def test_a_root_mean_square_norm_is_one_operator(text: str) -> None:
+    assert _equal(RootMeanSquareNorm, text) == ["RMSNormalization"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (_rms(power=3.0), "not a root mean square"),
+        (_rms(axis=1), "last axis"),
+        (_rms(weight="float[1] w"), "one number a channel"),
+        (_rms().replace("<keepdims=1>", "<keepdims=0>"), "not a root mean square"),
+    ],
+    ids=["a cube", "tokens", "one weight", "axis dropped"],
+)
+def test_another_norm_is_left_alone(text: str, reason: str) -> None:
+    assert reason in _reason(RootMeanSquareNorm, text)
+
+
+def _rotary(angles: str = "float[B,T,2] f", halves: tuple[int, int] = (2, 2), by: float = 1.5) -> str:
+    low, high = halves
+    return f"""g (float[B,3,T,4] x, {angles}) => (float[B,3,T,4] y) {{
+    zero = Constant<value_ints=[0]>()
+    low = Constant<value_ints=[{low}]>()
+    high = Constant<value_ints=[{high}]>()
+    end = Constant<value_ints=[9223372036854775807]>()
+    axis = Constant<value_ints=[3]>()
+    heads = Constant<value_ints=[1]>()
+    by = Constant<value_float=1.5>()
+    again = Constant<value_float={by}>()
+    both = Concat<axis=-1>(f, f)
+    cosine = Cos(both)
+    cosines = Mul(cosine, by)
+    cos = Unsqueeze(cosines, heads)
+    sine = Sin(both)
+    sines = Mul(sine, again)
+    sin = Unsqueeze(sines, heads)
+    first = Slice(x, zero, low, axis)
+    second = Slice(x, high, end, axis)
+    negative = Neg(second)
+    turned = Concat<axis=-1>(negative, first)
+    a = Mul(x, cos)
+    b = Mul(turned, sin)
+    y = Add(a, b)
+}}"""
+
+
+def test_a_rotation_is_one_operator() -> None:
+    operators = _equal(Rotary, _rotary())
+    assert "RotaryEmbedding" in operators and "Neg" not in operators and "Concat" not in operators
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (_rotary(angles="float[1,T,2] f"), "every text of the batch"),
+        (_rotary(by=2.0), "scaled differently"),
+        (_rotary(halves=(1, 1)), "two halves of a head"),
+    ],
+    ids=["one for all", "two scales", "uneven parts"],
+)
+def test_another_rotation_is_left_alone(text: str, reason: str) -> None:
+    assert reason in _reason(Rotary, text)
+
+
+def _turned(split: str = "0, 0, 3, 4", x: str = "float[B,T,12] x") -> str:
+    return f"""g ({x}, float[B,T,2] c, float[B,T,2] s) => (float[B,3,T,4] y) {{
+    split = Constant<value_ints=[{split}]>()
+    parts = Reshape(x, split)
+    heads = Transpose<perm=[0, 2, 1, 3]>(parts)
+    y = RotaryEmbedding(heads, c, s)
+}}"""
+
+
+def test_a_rotation_comes_before_the_heads_are_split() -> None:
+    assert _equal(RotaryInside, _turned())[-2:] == ["Reshape", "Transpose"]
+
+
+def test_a_rotation_of_other_parts_is_left_alone() -> None:
+    assert "split to" in _reason(RotaryInside, _turned(x="float[B,T,3,4] x"))
+
+
+def _grouped(axis: int = 2, mask: str = "") -> str:
+    shape = "2, 1, 3, 5, 4" if axis == 2 else "2, 3, 1, 5, 4"
+    return f"""g (float[2,3,5,4] q, float[2,1,5,4] k, float[2,1,5,4] v{mask}) => (float[2,3,5,4] y) {{
+    axes = Constant<value_ints=[{axis}]>()
+    all = Constant<value_ints=[{shape}]>()
+    heads = Constant<value_ints=[2, 3, 5, 4]>()
+    ku = Unsqueeze(k, axes)
+    ke = Expand(ku, all)
+    kr = Reshape(ke, heads)
+    vu = Unsqueeze(v, axes)
+    ve = Expand(vu, all)
+    vr = Reshape(ve, heads)
+    y = Attention<scale=0.5>(q, kr, vr{", , pk, pv" if mask else ""})
+}}"""
+
+
+def test_attention_repeats_no_keys() -> None:
+    assert "Expand" not in _equal(GroupedHeads, _grouped())
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(_grouped(axis=1), "something else"), (_grouped(mask=", float[2,3,2,4] pk, float[2,3,2,4] pv"), "cache")],
+    ids=["another axis", "a cache"],
+)
+def test_attention_with_other_keys_is_left_alone(text: str, reason: str) -> None:
+    assert reason in _reason(GroupedHeads, text)

@@ -1,0 +1,133 @@
+"""What the compiler makes of each kernel for GPUs that are not here: tensor cores, wide loads, no spills, small enough.
+
+The shapes are those of layers of a large language model; see aot.py for how a launch is compiled without running.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+#: bytes of shared memory that one block may have, by compute capability
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+#: the instructions of the tensor cores, as PTX
+TENSOR = {80: r"mma\.sync", 90: r"wgmma\.mma_async|mma\.sync", 100: r"tcgen05\.mma|mma\.sync"}
+ALL, FLOAT8 = [80, 90, 100], [90, 100]
+
+
+def tensor(*shape: int, dtype: str = "float16") -> dict[str, Any]:
+    return {"shape": shape, "dtype": dtype}
+
+
+def case(name: str, operator: str, arguments: list[Any], capabilities: list[int] = ALL) -> dict[str, Any]:
+    return {"name": name, "operator": operator, "arguments": arguments, "capabilities": capabilities}
+
+
+def weight(text: str) -> list[Any]:
+    """The operator's arguments for a weight `[4096, 4096]`; aot.py turns the text into arrays."""
+    return [{"weight": text, "shape": [4096, 4096]}, text, 4096, None]
+
+
+def codes(M: int, dtype: str = "int8") -> list[Any]:
+    return [tensor(M, 4096, dtype=dtype), tensor(M, dtype="float32"), None, 8]
+
+
+LINEAR, QUANTIZED, TOKENS = (
+    "weight_only.weight_only_linear",
+    "quantized.quantized_linear",
+    "quantize.quantize_tokens",
+)
+PLACES = [tensor(8, 273, dtype="int64"), tensor(8, 16, dtype="int64"), tensor(8, 16, dtype="int64")]
+MERGE = [tensor(8, 577, 1024), tensor(8, 577, 1, dtype="float32"), *PLACES]
+CASES = [
+    case("W4A16 decode", LINEAR, [tensor(1, 4096), *weight("Affine(4, 32)")]),
+    case("W4A16 skinny", LINEAR, [tensor(16, 4096), *weight("Affine(4, 32)")], [80]),
+    case("W4A16 prefill", LINEAR, [tensor(512, 4096), *weight("Affine(4, 32)")]),
+    case("W2A16 decode", LINEAR, [tensor(1, 4096), *weight("Affine(2, 32, symmetric=False)")], [90]),
+    case("MXFP4 decode", LINEAR, [tensor(1, 4096), *weight("Float('e2m1', 32, 'e8m0')")], [90]),
+    case("NVFP4 prefill", LINEAR, [tensor(512, 4096, dtype="bfloat16"), *weight("Float('e2m1', 16, 'e4m3')")], [90]),
+    case("2:4 int4 decode", LINEAR, [tensor(1, 4096), *weight("NM(2, 4, values=Affine(4, 32))")], [90]),
+    case("2:4 int4 prefill", LINEAR, [tensor(512, 4096), *weight("NM(2, 4, values=Affine(4, 32))")], [90]),
+    case("codebook prefill", LINEAR, [tensor(512, 4096), *weight("Codebook(4)")], [80]),
+    case("W8A8 prefill", QUANTIZED, [*codes(512), *weight("Affine(8)"), "float16"]),
+    case("W4A8 skinny", QUANTIZED, [*codes(16), *weight("Affine(4, 32)"), "float16"], [80]),
+    case("FP8 prefill", QUANTIZED, [*codes(512, "float8_e4m3fn"), *weight("Float('e4m3')"), "bfloat16"], FLOAT8),
+    case("norm + int8", TOKENS, [tensor(512, 4096), "int8", "rms", tensor(4096), None, 1e-5]),
+    case("match", "tokens.bipartite_match", [tensor(8, 577, 64), 16, 1]),
+    case("merge", "tokens.merge_tokens", MERGE),
+    case("E4M3", TOKENS, [tensor(512, 4096), "e4m3"], [90]),
+]
+#: what must use tensor cores; nothing else may
+MULTIPLIERS = ("matmul_kernel", "quantized_matmul_kernel", "match_kernel")
+BUILDS = [(c["name"], capability) for c in CASES for capability in c["capabilities"]]
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, Any]]:
+    """(case, capability) → its PTX, SASS and resources: all compiled once, in a process that does not interpret."""
+    folder = tmp_path_factory.mktemp("aot")
+    (folder / "cases.json").write_text(json.dumps(CASES))
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, Path(__file__).with_name("aot.py"), folder / "cases.json", folder / "results.json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return {(b["case"], b["capability"]): b for b in json.loads((folder / "results.json").read_text())}
+
+
+def uses_tensor_cores(build: dict[str, Any]) -> bool:
+    return re.search(TENSOR[build["capability"]], build["ptx"]) is not None
+
+
+def wide_loads(build: dict[str, Any]) -> int:
+    """Loads of 16 bytes from global memory: into registers, or into shared memory."""
+    return len(
+        re.findall(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", build["ptx"])
+    )
+
+
+def spills(build: dict[str, Any]) -> bool:
+    """Whether registers go to memory: a stack, or stores to it."""
+    return build["stack"] > 0 or re.search(r"\bSTL\b", build["sass"]) is not None
+
+
+@pytest.mark.parametrize(("name", "capability"), BUILDS, ids=[f"{n} sm_{c}" for n, c in BUILDS])
+def test_a_kernel_is_built_well(builds, name, capability):
+    build = builds[name, capability]
+    assert wide_loads(build) > 0 or name == "W4A8 skinny"  # a step is one group: 16 bytes a row, for two threads
+    assert not spills(build)
+    assert build["shared"] <= SHARED[capability]
+    assert f".target sm_{capability}" in build["ptx"]
+    assert uses_tensor_cores(build) == (build["kernel"] in MULTIPLIERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "instruction"),
+    [
+        ("W4A16 skinny", 80, r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32"),
+        ("W4A16 prefill", 90, r"wgmma\.mma_async\.sync\.aligned\.m64n128k16\.f32\.f16\.f16"),
+        ("W4A16 prefill", 100, r"tcgen05\.mma"),
+        ("NVFP4 prefill", 90, r"wgmma\.mma_async\.sync\.aligned\.m64n128k16\.f32\.bf16\.bf16"),
+        ("W8A8 prefill", 80, r"mma\.sync\.aligned\.m16n8k32\.row\.col\.satfinite\.s32\.s8\.s8\.s32"),
+        ("W8A8 prefill", 90, r"wgmma\.mma_async\.sync\.aligned\.m64n128k32\.s32\.s8\.s8"),
+        ("W4A8 skinny", 80, r"mma\.sync\.aligned\.m16n8k32\.row\.col\.satfinite\.s32\.s8\.s8\.s32"),
+        ("FP8 prefill", 90, r"wgmma\.mma_async\.sync\.aligned\.m64n128k32\.f32\.e4m3\.e4m3"),
+    ],
+)
+def test_the_tensor_cores_multiply_in_the_type_that_is_stored(builds, name, capability, instruction):
+    assert re.search(instruction, builds[name, capability]["ptx"])
+
+
+def test_the_checks_see_what_is_wrong(builds):
+    good = builds["W4A16 decode", 90]
+    assert not uses_tensor_cores(good) and uses_tensor_cores(builds["W4A16 prefill", 90])
+    assert spills(good | {"stack": 8}) and spills(good | {"sass": "  STL [R1], R2 ;"})
+    narrow = good["ptx"].replace("v4.b32", "b32")
+    assert wide_loads(good | {"ptx": narrow}) == 0

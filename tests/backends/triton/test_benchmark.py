@@ -1,0 +1,46 @@
+"""benchmarks/triton_gpu.py as far as it goes without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import paretoc as pc
+import pytest
+import torch
+from paretoc.backends.triton.kernels.quantized import quantized_format
+from paretoc.backends.triton.kernels.weights import Format, weight_format
+
+SCRIPT = Path(__file__).parents[3] / "benchmarks/triton_gpu.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("triton_gpu", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_explains_itself(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["triton_gpu.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        script.main()
+    assert "--only" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_so(script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["triton_gpu.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="there is no GPU"):
+        script.main()
+
+
+def test_every_scheme_has_its_kernel(script):
+    for text, code in script.SCHEMES.values():
+        canonical = str(pc.parse_encoding(text))
+        assert isinstance(quantized_format(canonical, code) if code else weight_format(canonical), Format)

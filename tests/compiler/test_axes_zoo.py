@@ -1,0 +1,43 @@
+"""Soundness of the axes on every architecture of the zoo, and how many of its weights lie on a free axis."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import transformers as hf
+from paretoc.compiler.axes import find_axes
+
+
+def _load(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / name
+    spec = importlib.util.spec_from_file_location(f"paretoc_axes_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+zoo, checks = _load("test_zoo.py"), _load("compiler/test_axes.py")
+
+
+def bert_classifier() -> zoo.Case:
+    """A model that returns its residual stream pins it; with a task head the stream is free."""
+    return zoo.text(hf.BertForSequenceClassification(hf.BertConfig(**zoo.SMALL, vocab_size=100)))
+
+
+ARCHITECTURES = zoo.ZOO | {"bert_classifier": bert_classifier}
+#: the share of the weights on a permutable axis; the others return their hidden states, or have tables of positions
+COVERAGE = dict.fromkeys(("bert_classifier", "vit", "llama", "resnet"), 0.9)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_is_called_free_is_free(name: str) -> None:
+    model, inputs = ARCHITECTURES[name]()
+    program = checks.captured(model, inputs)
+    assert checks.unsound(program) == {}
+    assert find_axes(program).coverage() >= COVERAGE.get(name, 0.4)
