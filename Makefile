@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(RUN) benchmarks/demo.py
 
 test: lint types $(VENV)/.sample_plugin
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check

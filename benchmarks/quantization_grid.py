@@ -2,8 +2,9 @@
 
 python benchmarks/quantization_grid.py [PART …] [--data DIR] [--bits 4 3 2] [--methods rtn …]
 
-Parts: stories, orders, mixed, recipes, minilm; without one, all. Run on the reference backend; ONNX Runtime computes the same (tests). `bytes` are those of the
-stored arrays of the quantised weights, and their share of fp32; ± is the standard error of the paired difference.
+Parts: stories, orders, mixed, recipes, minilm; without one, all. Run on the reference backend; ONNX Runtime computes
+the same (tests). `bytes` are those of the stored arrays of the quantised weights, and their share of fp32; ± is the
+standard error of the paired difference.
 """
 
 from __future__ import annotations

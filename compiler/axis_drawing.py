@@ -15,7 +15,7 @@ from .program import module_path
 #: uses and reasons that a cell names before it counts the others
 _NAMED = 3
 #: in units of the picture: its width, where the axis runs, the first operator, from one operator to the next
-_WIDTH, _LINE, _TOP, _STEP = 960, 480, 64, 24
+_WIDTH, _LINE, _TOP, _STEP = 1200, 480, 64, 24
 _ARROW = "h24m-6 -4l6 4l-6 4"
 _STYLE = """
 svg { background: #fff; font: 13px system-ui, sans-serif; }

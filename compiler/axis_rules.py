@@ -54,7 +54,8 @@ def _copy(w: Walk, node: fx.Node) -> Dims:
     *(aten.hardswish.default, aten.log_sigmoid.default),
 )
 def _pointwise(w: Walk, node: fx.Node) -> Dims:
-    values = [w.of(read) for read in node.all_input_nodes if isinstance(read.meta.get("val"), Tensor)]
+    given = (*operands(node), *node.kwargs.values())  # x · x varies twice
+    values = [w.of(value) for value in given if isinstance(value, fx.Node) and isinstance(value.meta["val"], Tensor)]
     made = w.broadcast(node, values)
     if node.target in _SUMS:
         constant = made if len(values) < 2 else [d for dims in values for d in _missing(made, dims)]
@@ -394,22 +395,20 @@ def _ordered(w: Walk, node: fx.Node) -> Any:
     """What depends on the order along a dimension pins it; its place in the results is pinned too."""
     x = w.of(operands(node)[0])
     place = 2 if node.target in (aten.topk.default, aten.roll.default) else 1
-    default = None if node.target in (aten.argmax.default, aten.argmin.default) else -1
-    named = argument(node, place, "dims" if node.target in (aten.flip.default, aten.roll.default) else "dim", default)
+    whole = node.target in (aten.argmax.default, aten.argmin.default)
+    name = "dims" if node.target in (aten.flip.default, aten.roll.default) else "dim"
+    named = argument(node, place, name, None if whole else -1)
     named = [named] if isinstance(named, int) else named or range(len(x))
     ordered = {d % len(x) for d in named}
     why = f"{node.target} depends on its order"
     w.bend(x, node)
     w.pin(x, node, why, "shift")
     w.pin([x[d] for d in ordered], node, why)
-    results = node.meta["val"] if isinstance(node.meta["val"], (list, tuple)) else [node.meta["val"]]
-    fixed = w.fixed(node, why) if len(results) > 1 else [w.fixed(node, why)]
-    made = []
-    for dims in fixed:
-        kept = len(dims) == len(x)
-        made.append(
-            [dims[d] if d in ordered else dim for d, dim in enumerate(x)]
-            if kept
-            else [dim for d, dim in enumerate(x) if d not in ordered]
-        )
-    return made if isinstance(node.meta["val"], (list, tuple)) else made[0]
+
+    def result(fixed: Dims) -> Dims:
+        kept = len(fixed) == len(x)
+        return [fixed[d] if d in ordered else dim for d, dim in enumerate(x) if kept or d not in ordered]
+
+    several = isinstance(node.meta["val"], (list, tuple))
+    fixed = w.fixed(node, why)
+    return list(map(result, fixed)) if several else result(fixed)

@@ -6,6 +6,7 @@ A view splits and joins axes into products, a concatenation joins them one behin
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -100,7 +101,8 @@ def _repeat(w: Walk, node: fx.Node) -> Dims:
 
 @rule(aten.repeat_interleave.self_int)
 def _repeat_each(w: Walk, node: fx.Node) -> Any:
-    if (named := argument(node, 2, "dim")) is None:
+    named = argument(node, 2, "dim")
+    if named is None or node.kwargs.get("output_size") is not None:
         return unknown(w, node)
     made = list(w.of(operands(node)[0]))
     copies = fresh(operands(node)[1])
@@ -171,39 +173,39 @@ def _cut(w: Walk, node: fx.Node, dim: Dim, ends: Sequence[int]) -> list[Dim]:
     return [part for part in parts if part is not None]
 
 
-@rule(aten.slice.Tensor, aten.narrow.default)
+@rule(aten.slice.Tensor)
 def _slice(w: Walk, node: fx.Node) -> Any:
     made, shape = list(w.of(operands(node)[0])), example_shape(operands(node)[0])
-    axis, start = operands(node)[1] if len(operands(node)) > 1 else 0, argument(node, 2, "start")
-    length = shape[axis]
-    narrow = node.target is aten.narrow.default
-    end = start + operands(node)[3] if narrow else argument(node, 3, "end")
-    start, end = start or 0, length if end is None else end
-    plain = isinstance(start, int) and isinstance(end, int) and argument(node, 4, "step", 1) == 1
-    if not plain or narrow:
-        w.pin([made[axis]], node, "a slice of a computed length or with steps goes through it")
-        made[axis] = w.fixed(node, "a slice of a computed length or with steps goes through it")[axis]
+    axis, start, end = argument(node, 1, "dim", 0), argument(node, 2, "start") or 0, argument(node, 3, "end")
+    end, length = sys.maxsize if end is None else end, shape[axis]
+    if not isinstance(start, int) or not isinstance(end, int) or argument(node, 4, "step", 1) != 1:
+        why = "a slice of a computed length or with steps goes through it"
+        w.pin([made[axis]], node, why)
+        made[axis] = w.fixed(node, why)[axis]
         return made
-    start, end = (min(max(e + length if e < 0 else e, 0), length) for e in (start, end))
-    if not start < end:
+    first, last = (min(max(e + length if e < 0 else e, 0), length) for e in (start, end))
+    if not first < last:
         return unknown(w, node)
-    ends = sorted({0, start, end, length})
-    parts = _cut(w, node, made[axis], ends)
-    first = ends.index(start)
-    made[axis] = parts[first]
-    if not pinned(made[axis]):
-        before = joined(parts[:first]) if first else ()
-        w.literals.append(Literal(node, [before, made[axis]], _renew_slice(bool(first))))
+    movable = not pinned(made[axis])
+    before, made[axis], behind = _three(w, node, made[axis], first, last)
+
+    def renew(node: fx.Node, sizes: list[int]) -> None:
+        left, kept, right = sizes
+        begin = left if start >= 0 else -kept - right
+        until = end if end > length else left + kept if end >= 0 else -right
+        node.args, node.kwargs = (operands(node)[0], axis, begin, until), {}
+
+    if movable:
+        w.literals.append(Literal(node, [before, made[axis], behind], renew))
     return made
 
 
-def _renew_slice(offset: bool) -> Any:
-    def renew(node: fx.Node, sizes: list[int]) -> None:
-        start = sizes[0] if offset else 0
-        x, axis = operands(node)[0], operands(node)[1] if len(operands(node)) > 1 else 0
-        node.args = (x, axis, start, start + sizes[1])
-
-    return renew
+def _three(w: Walk, node: fx.Node, dim: Dim, first: int, last: int) -> list[Dim]:
+    """What lies before, between and behind two places; nothing is an empty concatenation."""
+    ends = sorted({0, first, last, size(dim)})
+    parts = _cut(w, node, dim, ends)
+    start, stop = ends.index(first), ends.index(last)
+    return [joined(parts[:start]), joined(parts[start:stop]), joined(parts[stop:])]
 
 
 @rule(aten.select.int)
@@ -214,12 +216,15 @@ def _select(w: Walk, node: fx.Node) -> Any:
     if not isinstance(index, int):
         w.pin([dim], node, "a computed channel is read")
         return made
-    index %= size(dim)
-    ends = sorted({0, index, index + 1, size(dim)})
-    parts = _cut(w, node, dim, ends)
-    if index and not pinned(dim):
-        before = joined(parts[: ends.index(index)])
-        w.literals.append(Literal(node, [before], lambda node, sizes: write(node, (2,), sizes[0])))
+    place = index % size(dim)
+    movable = not pinned(dim)
+    before, _, behind = _three(w, node, dim, place, place + 1)
+
+    def renew(node: fx.Node, sizes: list[int]) -> None:
+        write(node, (2,), sizes[0] if index >= 0 else -1 - sizes[1])
+
+    if movable:
+        w.literals.append(Literal(node, [before, behind], renew))
     return made
 
 
@@ -232,8 +237,9 @@ def _split(w: Walk, node: fx.Node) -> Any:
     if not unbind and not all(isinstance(shape[axis], int) for shape in results):
         return unknown(w, node)
     extents = [1 if unbind else int(shape[axis]) for shape in results]
+    movable = not pinned(made[axis])
     parts = _cut(w, node, made[axis], [0, *accumulate(extents)])
-    if not unbind and not pinned(made[axis]):
+    if not unbind and movable:
         w.literals.append(Literal(node, parts, _renew_split))
     return [[*made[:axis], *([] if unbind else [part]), *made[axis + 1 :]] for part in parts]
 

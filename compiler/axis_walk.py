@@ -87,12 +87,16 @@ class Walk:
         return found or (RULES[torch.Tag.pointwise] if tagged else unknown)
 
     def _stored(self, node: fx.Node) -> Any:
-        """A weight is free; what the model computes for itself (position numbers, rotary frequencies) is not."""
-        if not node.meta["val"].is_floating_point():
-            return self.fixed(node, "it is a table of integers")
-        if str(node.target) in self.program.state_names or any(user.target in WEIGHTED for user in node.users):
+        """A weight is free; what the model computes for itself (position numbers, rotary frequencies) is not, except
+        along dimensions on which it does not depend."""
+        name, value = str(node.target), self.program.get(str(node.target))
+        known = name in self.program.state_names or any(user.target in WEIGHTED for user in node.users)
+        if known and value.is_floating_point():
             return self.new(node)
-        return self.fixed(node, f"{node.target} is a constant of the model, outside its state dict")
+        pins = self.every(f"{name} is a constant of the model, outside its weights", node)
+        constant = dict.fromkeys(("rotate", "scale", "shift"), pins["scale"])
+        alike = [bool((value == value.narrow(dim, 0, 1)).all()) for dim in range(value.ndim)]
+        return [fresh(extent, constant if same else pins) for extent, same in zip(value.shape, alike, strict=True)]
 
     def _norm(self, node: fx.Node, made: Dims) -> None:
         """A norm commutes with a rotation of what it normalises if it neither weighs nor centres it."""

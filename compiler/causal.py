@@ -53,8 +53,14 @@ class Cache:
         """
         call = {name: value for name, value in call.items() if value is not None}
         ids = call.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.ndim != 2:
+        if not isinstance(ids, Tensor):
             return call
+        if ids.ndim != 2 or not ids.numel():
+            raise OptionError(
+                f"input_ids has shape {list(ids.shape)}",
+                where="calling a causal model",
+                fix="pass a row of tokens for each text: [B, T]",
+            )
         past = call.setdefault("past_key_values", layers(self.zeros(ids.shape[0])))
         total = self._seen(past, ids.shape[0]) + ids.shape[1]
         self.check_length(total)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backend import CachingExecutable, Decoder, Executable
-from .causal import Cache, positions
+from .causal import Cache
 from .errors import OptionError
 from .program import Interface
 
@@ -93,8 +93,10 @@ class Generator(ABC):
                 where="generate",
                 fix="compile paretoc.CausalLM(model) in place of the model",
             )
-        batch, length = input_ids.shape
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        call = cache.complete({name: value.long() for name, value in given.items() if value is not None})
+        text: Tensor = call["input_ids"]
+        (batch, length), fresh, mask, place = text.shape, text, call["attention_mask"], call["position_ids"]
         cache.check_length(length + max_new_tokens)
         if not bool(mask[:, -1].all()):
             raise OptionError(
@@ -106,7 +108,6 @@ class Generator(ABC):
         choose = _sampler(Sampling(temperature, top_k, top_p), seed) if do_sample else _greedy
         eos = cache.eos if eos_token_id is None else eos_token_id
         end = torch.tensor([eos] if isinstance(eos, int) else list(eos), dtype=torch.int64)
-        text, fresh, place = input_ids, input_ids, positions(mask)
         running = torch.ones(batch, 1, dtype=torch.bool)
         for _ in range(max_new_tokens):
             fresh = choose(decoder(fresh, mask, place)[:, -1])

@@ -1,6 +1,6 @@
 """Attention masks in their simplest form: what hides nothing goes, what gathers leading rows is a slice.
 
-    and(true, m) → m      index(m, [0…B−1, 0…S−1]) → m[:B, None, None, :S]      attention(q, k, v, true) → attention(q, k, v)
+    and(true, m) → m;  m[0…B−1, 0…S−1] → m[:B, None, None, :S];  attention(q, k, v, true) → attention(q, k, v)
 
 Exact. Libraries write masks as predicates over index grids, and a kernel that reads a mask costs more than one that
 does not.
@@ -55,7 +55,11 @@ def _without_true(program: Program, node: fx.Node) -> fx.Node | None:
     if node.meta["val"].dtype != torch.bool:
         return None
     for kept, other in (operands(node)[:2], operands(node)[1::-1]):
-        if not isinstance(kept, fx.Node) or kept.meta["val"].dtype != torch.bool or _uniform(program, other) is not True:
+        if (
+            not isinstance(kept, fx.Node)
+            or kept.meta["val"].dtype != torch.bool
+            or _uniform(program, other) is not True
+        ):
             continue
         if _same_shape(kept, node):
             return kept
@@ -90,7 +94,7 @@ def _leading(node: fx.Node) -> fx.Node | None:
         counts.append(root)
     if axes != sorted(set(axes)):
         return None
-    value = source
+    value: fx.Node = source
     with node.graph.inserting_before(node):
         for axis, count in enumerate(counts):
             if str(shape_of(count)[0]) != str(shape[axis]):

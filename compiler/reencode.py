@@ -187,6 +187,7 @@ def _store_with_data(
             _encode(program, group, stored)
             continue
         found = stream.advance(place, statistics)
+        trim()
         evidence = [_combined(uses, found) for uses in wanted]
         started.append((file, group, ctx.start(partial(_fit, fitter), _tasks(program, group, evidence))))
         del found, evidence  # they may be as large as several layers

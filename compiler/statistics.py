@@ -164,7 +164,7 @@ class Hessian(Statistic):
         if self.window is None:
             return [[v] for v in values]
         unfolded = math.prod(values[0].shape[1:]) * math.prod(self.window.size)
-        return [v.split(max(_UNFOLDED // max(unfolded, 1), 1)) for v in values]
+        return [torch.split(v, max(_UNFOLDED // max(unfolded, 1), 1)) for v in values]
 
     def rows(self, *values: Tensor) -> Tensor:
         return rows_of(values[0].detach().float(), self.window)

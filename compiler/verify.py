@@ -103,24 +103,13 @@ def measure(
     cosines: dict[str, list[Tensor]] = {n: [] for n in names}
     sites = {s.node.name: s.path for s in weight_sites(original)}
     squares: dict[str, Tensor] = {}
-    want: Sequence[Tensor] = ()
-    got: Sequence[Tensor] = ()
     samples = 0
     for batch in batches:
-        for name, a, b in _together(original, compiled, batch, sites):
-            if name == _OUTPUT:
-                want, got = a, b
-            elif a.shape == b.shape and a.is_floating_point():
-                total = squares.setdefault(sites[name], torch.zeros(4, dtype=torch.float64))
-                total += _products(a, b).sum(0)
-        _check_finite(names, want, got, where)
-        trim()
+        for name, (error, cosine) in _compare(original, compiled, batch, sites, squares, where).items():
+            errors[name].append(error)
+            cosines[name].append(cosine)
         samples += batch[0].shape[0] if batch and batch[0].ndim else 1
-        for name, a, b in zip(names, want, got, strict=True):
-            if a.is_floating_point():
-                error, cosine = _distance(a, b)
-                errors[name].append(error)
-                cosines[name].append(cosine)
+        trim()
     return Fidelity(
         data=data,
         samples=samples,
@@ -129,6 +118,28 @@ def measure(
         cosine={n: float(torch.cat(v).mean()) for n, v in cosines.items() if v},
         sites={p: float((e / s) ** 0.5) if s else 0.0 for p, (e, s, _, _) in squares.items()},
     )
+
+
+def _compare(
+    original: Program,
+    compiled: Program,
+    batch: FlatBatch,
+    sites: dict[str, str],
+    squares: dict[str, Tensor],
+    where: str,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Output → its distances on one batch; those of the sites are added to `squares`."""
+    want: Sequence[Tensor] = ()
+    got: Sequence[Tensor] = ()
+    for name, a, b in _together(original, compiled, batch, sites):
+        if name == _OUTPUT:
+            want, got = a, b
+        elif a.shape == b.shape and a.is_floating_point():
+            total = squares.setdefault(sites[name], torch.zeros(4, dtype=torch.float64))
+            total += _products(a, b).sum(0)
+    names = original.interface.output_names()
+    _check_finite(names, want, got, where)
+    return {n: _distance(a, b) for n, a, b in zip(names, want, got, strict=True) if a.is_floating_point()}
 
 
 #: values that are compared at once
@@ -171,7 +182,9 @@ def _check_finite(names: Sequence[str], want: Sequence[Tensor], got: Sequence[Te
 def _distance(want: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
     """Relative L2 error and cosine of every sample (rows of the first axis), float64 `[B]`."""
     finite = torch.isfinite(want) & torch.isfinite(got)
-    moved, own, other, common = _products(torch.where(finite, want, 0.0), torch.where(finite, got, 0.0)).unbind(1)
+    if not finite.all():
+        want, got = torch.where(finite, want, 0.0), torch.where(finite, got, 0.0)
+    moved, own, other, common = _products(want, got).unbind(1)
     norm = own.sqrt().clamp(min=1e-30)
     return moved.sqrt() / norm, common / (norm * other.sqrt()).clamp(min=1e-30)
 
@@ -181,7 +194,7 @@ def _products(want: Tensor, got: Tensor) -> Tensor:
     rows = want.shape[0] if want.ndim else 1
     total = torch.zeros(rows, 4, dtype=torch.float64)
     flat = (x.reshape(rows, x.numel() // max(rows, 1)) for x in (want, got))
-    sliced = (x.split(max(_SLICE // max(rows, 1), 1), 1) for x in flat)
+    sliced = (torch.split(x, max(_SLICE // max(rows, 1), 1), 1) for x in flat)
     for a, b in zip(*sliced, strict=True):
         a, b = a.double(), b.double()
         total += torch.stack([(a - b).square().sum(1), a.square().sum(1), b.square().sum(1), (a * b).sum(1)], 1)

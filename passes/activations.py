@@ -1,6 +1,7 @@
 """x → q(x): where a scheme rounds activations, and under which ranges.
 
-Inputs of layers, one quantiser for everything that reads them. On request also the operands of both products of an
+Inputs of layers, one quantiser for everything that reads them; with static ranges also the residual sums that
+convolutions feed. On request also the operands of both products of an
 attention, q(Q)·q(K)ᵀ and q(P)·q(V): probabilities P lie in [0, 1], which needs no calibration.
 """
 
@@ -16,8 +17,8 @@ from torch import Tensor, fx
 from ..compiler.attention import decompose, operand_places
 from ..compiler.dialect.activations import affine_parameters
 from ..compiler.passes import Context
-from ..compiler.program import Program, operands
-from ..compiler.sites import AttentionSite, Site
+from ..compiler.program import Program, operands, shape_of
+from ..compiler.sites import ADD, AttentionSite, Site
 from ..compiler.statistics import Histogram, Statistic
 from .ranges import parse_range
 
@@ -27,27 +28,46 @@ _PROBABILITIES = torch.tensor([0.0, 1.0])
 @dataclass(frozen=True)
 class Activations:
     """How activations are rounded. `mode` is "static", unsigned 8 bit under the `range` that `ranges.py` finds on
-    calibration data, or "dynamic", with the `code` and `granularity` of `paretoc::fake_quantize_dynamic`."""
+    calibration data, or "dynamic", with the `code` and `granularity` of `paretoc::fake_quantize_dynamic`;
+    "group" is that of `group` channels."""
 
     mode: str
     code: str = "int8"
     granularity: str = "tensor"
     range: str = "mse"
+    group: int = 0
 
     def needs(self, sources: Sequence[fx.Node]) -> list[Statistic]:
         """What calibration has to find out about the values to round."""
         return [Histogram(source.name) for source in sources] if self.mode == "static" else []
 
-    def round_inputs(self, program: Program, sites: Sequence[Site], ctx: Context) -> None:
-        """Round what layers read: one quantiser for each distinct input (q, k, v). A convolution sees no tokens: its
-        dynamic range is that of the tensor."""
+    def residuals(self, program: Program, sites: Sequence[Site]) -> list[tuple[fx.Node, int]]:
+        """(sum, operand) where static ranges round the operands of a residual sum too: those that a convolution of
+        `sites` feeds. An integer kernel then runs the convolution, the sum and what follows without leaving codes."""
+        convolutions = {site.node for site in sites if site.kind == "conv"} if self.mode == "static" else set()
+        found = []
+        for node in program.calls(*ADD):
+            pair = operands(node)[:2]
+            if convolutions.intersection(pair) and all(isinstance(o, fx.Node) for o in pair):
+                same = [*map(str, shape_of(pair[0]))] == [*map(str, shape_of(pair[1]))]
+                found += [(node, index) for index in range(2) if same]
+        return found
+
+    def round_inputs(
+        self, program: Program, sites: Sequence[Site], residuals: Sequence[tuple[fx.Node, int]], ctx: Context
+    ) -> None:
+        """Round what layers and residual sums read: one quantiser for each distinct value (q, k, v). A convolution
+        sees no tokens: its dynamic range is that of the tensor."""
+        whole = replace(self, granularity="tensor")
+        readers = [(site.node, 0, whole if site.kind == "conv" else self) for site in sites]
+        readers += [(node, index, whole) for node, index in residuals]
+        place = {node: number for number, node in enumerate(program.graph.nodes)}
         done: dict[tuple[fx.Node, str], fx.Node] = {}
-        for site in sites:
-            how = replace(self, granularity="tensor") if site.kind == "conv" else self
-            key = site.input, how.granularity
+        for reader, index, how in sorted(readers, key=lambda r: place[r[0]]):
+            key = operands(reader)[index], how.granularity
             if key not in done:
-                done[key] = how._quantizer(program, site.input, site.node, ctx)
-            site.node.update_arg(0, done[key])
+                done[key] = how._quantizer(program, key[0], reader, ctx)
+            reader.update_arg(index, done[key])
 
     def round_attention(self, program: Program, site: AttentionSite, ctx: Context) -> str:
         """Round queries, keys, values and probabilities; returns why that is not possible, or nothing. A fused
@@ -62,7 +82,8 @@ class Activations:
 
     def _quantizer(self, program: Program, source: fx.Node, reader: fx.Node, ctx: Context) -> fx.Node:
         if self.mode == "dynamic":
-            return dynamic(program, source, reader, self.granularity, self.code)
+            granularity = f"group{self.group}" if self.granularity == "group" else self.granularity
+            return dynamic(program, source, reader, granularity, self.code)
         return _static(program, source, reader, parse_range(self.range)(*ctx.statistic(Histogram(source.name))))
 
 

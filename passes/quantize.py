@@ -6,7 +6,8 @@
 | W8A8-dynamic | int8 per channel | 8 bit, range found per call: of the tensor, or of each token |
 | W8A16 | int8 per channel | as they are |
 | W4A16, W3A16, W2A16 | integers in groups of 32 | as they are |
-| W4A8, W4A4 | int4 in groups of 32, of convolutions per channel | 8 or 4 bit, range of each token |
+| W4A8 | int4 in groups of 32, of convolutions per channel | 8 bit, range of each such group of a token |
+| W4A4 | int4 in groups of 32 | 4 bit, range of each token |
 | FP8 | E4M3 per channel | E4M3, range of each token |
 | MXFP4, NVFP4 | E2M1 in blocks of 32 or 16, scales E8M0 or E4M3 | as they are |
 
@@ -18,14 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from torch import fx
 
 from ..compiler.calibrate import FlatBatch
 from ..compiler.dialect.activations import CODES
-from ..compiler.encodings import Affine, Encoding, Float, parse_encoding
+from ..compiler.encodings import Affine, Encoding, Float, innermost, parse_encoding
 from ..compiler.errors import OptionError, ParetocError, PassError, did_you_mean
 from ..compiler.passes import Context, PassResult, Phase
-from ..compiler.program import Program
+from ..compiler.program import Program, operands
 from ..compiler.protocols import Fitter, refusal
 from ..compiler.reencode import EncodePass, inside, stored_already
 from ..compiler.registry import registry
@@ -53,7 +56,7 @@ SCHEMES = {
     "W4A16": Scheme(Affine(4, 32), None),
     "W3A16": Scheme(Affine(3, 32), None),
     "W2A16": Scheme(Affine(2, 32, symmetric=False), None),
-    "W4A8": Scheme(Affine(4, 32), Activations("dynamic", "int8", "token"), _ALL),
+    "W4A8": Scheme(Affine(4, 32), Activations("dynamic", "int8", "group"), _ALL),
     "W4A4": Scheme(Affine(4, 32), Activations("dynamic", "int4", "token")),
     "FP8": Scheme(Float("e4m3"), Activations("dynamic", "e4m3", "token"), _ALL),
     "MXFP4": Scheme(Float("e2m1", 32, "e8m0"), None),
@@ -67,14 +70,14 @@ class Quantize(EncodePass):
     """Quantise weights and, with schemes other than …A16, the inputs of the operators that read them.
 
     `weights` replaces the weight encoding of the scheme: an `Encoding`, or its text. `group_size` (weights per scale
-    along the input axis) and `symmetric` change that of the scheme. `granularity`, "tensor" or "token", and `code`,
-    such as "uint4", asymmetric for each token too, apply to dynamic activations; `range` applies to static ones: mse
-    (the default), minmax, percentile(99.99) or entropy, see `ranges.py`. `attention=True` also rounds to 8 bits what
-    the two products of an attention multiply, in the layers that the chosen sites are in. `embeddings=True` stores
-    embedding tables as int8 with one scale a row. `fitter` chooses the codes: a name, a name with options
-    ("gptq(act_order=True)"), or a `Fitter`; with one that needs data, `sequential`
-    fits every layer to the inputs that the layers already quantised give it, and `checkpoint` names a directory that
-    keeps what is finished.
+    along the input axis) and `symmetric` change that of the scheme. Dynamic activations have a `granularity`, "tensor",
+    "token" or "group" (that of the weights), and a `code`, such as "uint4", asymmetric for each token too; static ones
+    a `range`: mse (the default), minmax, percentile(99.99) or entropy, see `ranges.py`. `attention=True` also rounds
+    to 8 bits what the two products of an attention multiply, in the layers that the chosen sites are in.
+    `embeddings=True` stores embedding tables as int8 with one scale a row. `fitter` chooses the codes: a name, a name
+    with options ("gptq(act_order=True)"), or a `Fitter`; with one that needs data, `sequential` fits every layer to
+    the inputs that the layers already quantised give it, and `checkpoint` names a directory that keeps what is
+    finished.
 
     `effective_bits` spends that many stored bits a weight where they help most, on integers of `widths`; it measures
     what each weight costs the outputs, or takes it from `sensitivity` (`paretoc.Sensitivity`, of an earlier result).
@@ -126,11 +129,17 @@ class Quantize(EncodePass):
         ):
             if given and not fits:
                 raise OptionError(f"{option}={given} does not apply to {self.scheme}", where="pass 'quantize'", fix=fix)
-        if self.granularity not in (None, "tensor", "token"):
+        if self.granularity not in (None, "tensor", "token", "group"):
             raise OptionError(
                 f"granularity {self.granularity!r} is not known",
                 where="pass 'quantize'",
-                fix="use 'tensor' (one range a call, the fast kernel on ONNX Runtime) or 'token' (one range a token)",
+                fix="use 'tensor' (one range a call), 'token' (one a token) or 'group' (one for each group of weights)",
+            )
+        if self.activations and self.activations.granularity == "group" and self.activations.group <= 0:
+            raise OptionError(
+                f"granularity=group needs weights in groups, not {self.encoding()}",
+                where="pass 'quantize'",
+                fix="use weights such as Affine(4, 32), or granularity=token",
             )
         if self.code is not None and self.code not in CODES:
             raise OptionError(
@@ -173,8 +182,9 @@ class Quantize(EncodePass):
     @property
     def activations(self) -> Activations | None:
         chosen = SCHEMES[self.scheme].activations
-        given = {"granularity": self.granularity, "range": self.range, "code": self.code}
-        return chosen and replace(chosen, **{option: value for option, value in given.items() if value})
+        given: dict[str, Any] = {"granularity": self.granularity, "range": self.range, "code": self.code}
+        chosen = chosen and replace(chosen, **{option: value for option, value in given.items() if value})
+        return chosen and replace(chosen, group=getattr(innermost(self.encoding()), "group", 0))
 
     def fitted_by(self) -> Fitter:
         return registry().fitter(self.fitter) if isinstance(self.fitter, str) else self.fitter
@@ -202,8 +212,14 @@ class Quantize(EncodePass):
         if self.activations is None:
             return []
         sites = [s for s in self.sites(program) if s.kind != "embedding"]
-        operands = [x for a in self._attentions(sites) for x in (a.query, a.key, a.value)]
-        return self.activations.needs([*(s.input for s in sites), *operands])
+        read = [x for a in self._attentions(sites) for x in (a.query, a.key, a.value)]
+        read += [operands(node)[index] for node, index in self._residuals(program, sites)]
+        return self.activations.needs([*(s.input for s in sites), *read])
+
+    def _residuals(self, program: Program, sites: Sequence[Site]) -> list[tuple[fx.Node, int]]:
+        """What is rounded although no site reads it: nothing, where sites may be given back."""
+        assert self.activations is not None
+        return self.activations.residuals(program, sites) if self.max_drop is None else []
 
     def _attentions(self, sites: Sequence[Site]) -> list[AttentionSite]:
         """The attentions of the layers that the sites are in, if they are to be rounded."""
@@ -262,7 +278,7 @@ class Quantize(EncodePass):
                 where="pass 'quantize'",
                 fix="leave attention= out, or widen targets=",
             )
-        self.activations.round_inputs(program, sites, ctx)
+        self.activations.round_inputs(program, sites, self._residuals(program, sites), ctx)
         for attention in attentions:
             if reason := self.activations.round_attention(program, attention, ctx):
                 result.skipped[attention.path] = reason

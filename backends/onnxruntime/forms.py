@@ -8,6 +8,7 @@ round. Among those that fit a layer, `speeds.py` says which is fastest on this m
 | DynamicMatMul | int8 per channel | 8 bit per tensor, one reader | DynamicQuantizeMatMul |
 | SharedMatMul | int8 per channel | 8 bit per tensor, static or shared | quantise once, MatMulIntegerToFloat |
 | IntegerMatMul | int8 per channel | 8 or 4 bit, also per token | quantise once, MatMulInteger, scale |
+| GroupMatMul | int8, int4, int3, int2 in blocks | int8 in the same blocks | MatMulNBits, accuracy level 4 |
 | BlockMatMul | int4, int3 in blocks | floating | MatMulNBits, accuracy level 1 |
 | StoredMatMul | any integers | any | DequantizeLinear, MatMul: understood by any runtime |
 | FoldedMatMul | any integers | any | decoded to fp32 when the session starts, MatMul |
@@ -15,13 +16,14 @@ round. Among those that fit a layer, `speeds.py` says which is fastest on this m
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
-from ...compiler.dialect.activations import FLOATS
+from ...compiler.dialect.activations import FLOATS, UNSIGNED, group_of
 from .integers import Integers, pack_bits
 
 if TYPE_CHECKING:
@@ -44,10 +46,8 @@ class Linear:
     quantiser: ir.Node | None
     code: str = ""
     granularity: str = ""
-
-    @property
-    def readers(self) -> int:
-        return len(self.quantiser.outputs[0].uses()) if self.quantiser is not None else 0
+    #: whether other layers read the same quantised input
+    shared: bool = False
 
 
 class Form(Protocol):
@@ -63,6 +63,10 @@ class Form(Protocol):
 def _integer_refusal(linear: Linear) -> str:
     if linear.quantiser is None or linear.code in FLOATS:
         return "its activations are not integers"
+    if group_of(linear.granularity):
+        return "its activations have several scales a row"
+    if linear.granularity == "token" and linear.code in UNSIGNED:
+        return "its activations have a zero point for each token"
     if not linear.stored.per_channel or linear.stored.zero is not None:
         return "its weights are not symmetric with one scale a channel"
     return ""
@@ -84,12 +88,12 @@ class DynamicMatMul:
             return reason
         if linear.code != "int8" or linear.granularity != "tensor":
             return "the kernel finds an 8 bit range of the whole tensor"
-        return "" if linear.readers == 1 else "several layers read this input: it is quantised once for all"
+        return "several layers read this input: it is quantised once for all" if linear.shared else ""
 
     def emit(self, lowering: Lowering, linear: Linear) -> ir.Value:
         assert linear.quantiser is not None
         inputs = [linear.quantiser.inputs[0], *_channel_scale(lowering, linear), None, linear.bias]
-        return lowering.emit(linear.node, "DynamicQuantizeMatMul", inputs, domain=MICROSOFT, name=linear.site)  # type: ignore[no-any-return]
+        return lowering.emit(linear.node, "DynamicQuantizeMatMul", inputs, domain=MICROSOFT, name=linear.site)
 
 
 class SharedMatMul:
@@ -105,7 +109,7 @@ class SharedMatMul:
         codes, x_scale, x_zero = lowering.quantised_input(linear.quantiser)
         weight, scale = _channel_scale(lowering, linear)
         inputs = [codes, weight, x_scale, scale, x_zero, None, linear.bias]
-        return lowering.emit(linear.node, "MatMulIntegerToFloat", inputs, domain=MICROSOFT, name=linear.site)  # type: ignore[no-any-return]
+        return lowering.emit(linear.node, "MatMulIntegerToFloat", inputs, domain=MICROSOFT, name=linear.site)
 
 
 class IntegerMatMul:
@@ -128,35 +132,60 @@ class IntegerMatMul:
         return lowering.add_bias(node, product, linear.bias)
 
 
+def _block_refusal(linear: Linear, widths: Mapping[int, Sequence[int]]) -> str:
+    """`widths`: bits → block sizes the kernel takes."""
+    stored = linear.stored
+    if stored.bits not in widths:
+        return f"ONNX Runtime has no fast kernel for {stored.bits} bit here"
+    blocks = widths[stored.bits]
+    if stored.block not in blocks or stored.codes.shape[1] % stored.block:
+        return f"its scales do not stand in blocks of {', '.join(map(str, blocks))} that fill the row"
+    return ""
+
+
+def _emit_blocks(lowering: Lowering, linear: Linear, x: ir.Value | None, bits: int, level: int) -> ir.Value:
+    """MatMulNBits: codes unsigned and packed, low bits first, in blocks along the input axis."""
+    stored, site = linear.stored, linear.site
+    rows, width = stored.codes.shape
+    offset = 1 << bits - 1 if stored.zero is None else 0
+    blocks = (stored.codes + offset).reshape(rows, width // stored.block, stored.block)
+    inputs = [
+        x,
+        lowering.constant(f"{site}.weight.codes_blocks", pack_bits(blocks, bits)),
+        lowering.constant(f"{site}.weight.scale_blocks", stored.scale),
+    ]
+    if stored.zero is not None:
+        padded = np.pad(stored.zero, ((0, 0), (0, -stored.zero.shape[1] % (8 // bits))))
+        inputs.append(lowering.constant(f"{site}.weight.zero_blocks", pack_bits(padded, bits)))
+    attributes = {"K": width, "N": rows, "bits": bits, "block_size": stored.block, "accuracy_level": level}
+    product = lowering.emit(linear.node, "MatMulNBits", inputs, attributes, domain=MICROSOFT, name=site)
+    return lowering.add_bias(linear.node, product, linear.bias)
+
+
+class GroupMatMul:
+    standard = False
+
+    def refusal(self, linear: Linear) -> str:
+        if linear.quantiser is None or linear.code != "int8" or group_of(linear.granularity) != linear.stored.block:
+            return "its activations are not int8 in the groups of its weights"
+        return _block_refusal(linear, {2: (32, 64, 128), 3: BLOCKS, 4: BLOCKS, 8: BLOCKS})
+
+    def emit(self, lowering: Lowering, linear: Linear) -> ir.Value:
+        assert linear.quantiser is not None
+        bits = 4 if linear.stored.bits == 3 else linear.stored.bits
+        return _emit_blocks(lowering, linear, linear.quantiser.inputs[0], bits, level=4)
+
+
 class BlockMatMul:
     standard = False
 
     def refusal(self, linear: Linear) -> str:
-        stored = linear.stored
         if linear.quantiser is not None:
             return "at accuracy level 1 its activations are floating"
-        if stored.bits not in (3, 4):
-            return f"ONNX Runtime has no fast kernel for {stored.bits} bit at accuracy level 1"
-        if stored.block not in BLOCKS or stored.codes.shape[1] % stored.block:
-            return f"its scales do not stand in blocks of {', '.join(map(str, BLOCKS))} that fill the row"
-        return ""
+        return _block_refusal(linear, {3: BLOCKS, 4: BLOCKS})
 
     def emit(self, lowering: Lowering, linear: Linear) -> ir.Value:
-        stored, site = linear.stored, linear.site
-        rows, width = stored.codes.shape
-        offset = 8 if stored.zero is None else 0
-        blocks = (stored.codes + offset).reshape(rows, width // stored.block, stored.block)
-        inputs = [
-            linear.x,
-            lowering.constant(f"{site}.weight.codes_blocks", pack_bits(blocks, 4)),
-            lowering.constant(f"{site}.weight.scale_blocks", stored.scale),
-        ]
-        if stored.zero is not None:
-            padded = np.pad(stored.zero, ((0, 0), (0, stored.zero.shape[1] % 2)))
-            inputs.append(lowering.constant(f"{site}.weight.zero_blocks", pack_bits(padded, 4)))
-        attributes = {"K": width, "N": rows, "bits": 4, "block_size": stored.block, "accuracy_level": 1}
-        product = lowering.emit(linear.node, "MatMulNBits", inputs, attributes, domain=MICROSOFT, name=site)
-        return lowering.add_bias(linear.node, product, linear.bias)
+        return _emit_blocks(lowering, linear, linear.x, bits=4, level=1)
 
 
 class FoldedMatMul:
@@ -186,5 +215,5 @@ class StoredMatMul:
 #: in the order of the memory they take when they run
 FORMS: dict[str, Form] = {
     form.__name__: form()
-    for form in (DynamicMatMul, SharedMatMul, IntegerMatMul, BlockMatMul, StoredMatMul, FoldedMatMul)
+    for form in (DynamicMatMul, SharedMatMul, IntegerMatMul, GroupMatMul, BlockMatMul, StoredMatMul, FoldedMatMul)
 }

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 
 from ...compiler.backend import Row
+from .nearest import nearest_fast
 from .speeds import load_speeds
 
 #: the fast integer kernels
@@ -102,7 +103,7 @@ def _row(site: Placed, node: onnx.NodeProto | None, times: Mapping[str, float], 
     if node is None:
         note = "no node of the optimised graph reads its weight"
         return Row(site.path, site.encoding, "folded away or fused", False, note=note)
-    kernel, fast, note = _describe(node, site.encoding, site.kind, site.activations)
+    kernel, fast, note = _describe(node, site)
     taken = times.get(node.name)
     least = 0.0
     if site.macs:
@@ -111,7 +112,7 @@ def _row(site: Placed, node: onnx.NodeProto | None, times: Mapping[str, float], 
     return Row(site.path, site.encoding, kernel, fast, taken, note, site.speed, least / taken if taken else None)
 
 
-def _describe(node: onnx.NodeProto, encoding: str, kind: str, activations: str) -> tuple[str, bool, str]:
+def _describe(node: onnx.NodeProto, site: Placed) -> tuple[str, bool, str]:
     """(kernel, accelerated, note)"""
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     if node.op_type == "MatMulNBits":
@@ -119,13 +120,18 @@ def _describe(node: onnx.NodeProto, encoding: str, kind: str, activations: str) 
         level = attributes.get("accuracy_level", 0)
         activations = "int8 activations" if level == 4 else "floating activations"
         kernel = f"MatMulNBits {bits} bit, block {block}, accuracy level {level} ({activations})"
-        return kernel, level == 4, "" if level == 4 else "saves memory; floating activations, no speed-up claimed"
+        return kernel, level == 4, "" if level == 4 else "packed in memory; floating activations, no speed-up claimed"
     if node.op_type in _INTEGER:
-        return f"{node.op_type} (u8×s8, {_RANGES[activations]})", True, ""
-    if kind == "embedding":
-        return f"{node.op_type} of {'codes' if encoding != 'dense' else 'float rows'}", encoding != "dense", ""
+        return f"{node.op_type} (u8×s8, {_RANGES[site.activations]})", True, ""
+    encoded = site.encoding != "dense"
+    if site.kind == "embedding":
+        return f"{node.op_type} of {'codes' if encoded else 'float rows'}", encoded, ""
     kernel = _FLOATING.get(node.op_type, node.op_type)
-    note = "" if encoding == "dense" else "not accelerated: small on disk, decoded to fp32 when the session starts"
-    if encoding.startswith("NM(") and ("values=" not in encoding or "values=Dense" in encoding):
-        note = "not accelerated: ONNX Runtime has no n:m kernel, the zeros are stored and multiplied"
-    return kernel, False, note
+    if not encoded:
+        return kernel, False, ""
+    if site.encoding.startswith("NM(") and ("values=" not in site.encoding or "values=Dense" in site.encoding):
+        why = "ONNX Runtime has no n:m kernel, the zeros are stored and multiplied"
+    else:
+        why = "small on disk, decoded to fp32 when the session starts"
+    nearest = nearest_fast(site.kind, site.activations)
+    return kernel, False, f"not accelerated: {why}" + (f"; {nearest} has a fast kernel" if nearest else "")

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from onnx_ir import tape
 
-from ...compiler.dialect.activations import FLOATS, INTEGERS, UNSIGNED
+from ...compiler.dialect.activations import FLOATS, INTEGERS, UNSIGNED, group_of
 from ...compiler.encodings import parse_encoding
 from ...compiler.errors import LoweringError
 from .forms import FORMS, MICROSOFT, Linear
@@ -124,7 +124,8 @@ class Lowering:
             return
         quantiser = _quantiser(x)
         code, granularity = (_text(quantiser, key) for key in ("code", "granularity")) if quantiser else ("", "")
-        linear = Linear(node, x, stored, bias, site, quantiser, code, granularity)
+        shared = quantiser is not None and (len(quantiser.outputs[0].uses()) > 1 or _key(quantiser) in self.quantised)
+        linear = Linear(node, x, stored, bias, site, quantiser, code, granularity, shared)
         self.chosen[site] = name = self.speeds.fastest(self.fitting(linear), self.rows.get(site, 1))
         self.replace(node, FORMS[name].emit(self, linear))
 
@@ -155,7 +156,7 @@ class Lowering:
         attributes: dict[str, Any] = {"axis": stored.axis} if stored.block >= 0 else {}
         if stored.block > 0:
             attributes["block_size"] = stored.block
-        return self.emit(node, "DequantizeLinear", [codes, scale, *([zero] if zero else [])], attributes)  # type: ignore[no-any-return]
+        return self.emit(node, "DequantizeLinear", [codes, scale, *([zero] if zero else [])], attributes)
 
     def folded_weight(self, node: ir.Node, stored: Integers, site: str) -> ir.Value:
         """The weight by plain arithmetic on its codes, which ONNX Runtime does once, when a session starts."""
@@ -174,11 +175,11 @@ class Lowering:
                 node, "Sub", [value, self._reshape(node, self.emit(node, "Cast", [zero], floating), ones)]
             )
         value = self.emit(node, "Mul", [value, self._reshape(node, scale, ones)])
-        return self._reshape(node, value, shape) if stored.block > 0 else value  # type: ignore[no-any-return]
+        return self._reshape(node, value, shape) if stored.block > 0 else value
 
     def _reshape(self, node: ir.Node, value: ir.Value, shape: Sequence[int]) -> ir.Value:
         target = self.constant(f"shape.{'x'.join(map(str, shape))}", np.array(shape, dtype=np.int64))
-        return self.emit(node, "Reshape", [value, target])  # type: ignore[no-any-return]
+        return self.emit(node, "Reshape", [value, target])
 
     def _parts(self, stored: Integers, site: str) -> tuple[ir.Value, ir.Value, ir.Value | None]:
         """(codes, scale, zero) as ONNX stores them: scales of blocks keep their axis, others are a row or a scalar."""
@@ -313,6 +314,9 @@ class Lowering:
         self.replace(node, self.emit(node, "DequantizeLinear", [codes, scale, zero]))
 
     def _dynamic(self, node: ir.Node) -> None:
+        if size := group_of(_text(node, "granularity")):
+            self._grouped(node, size)
+            return
         if _text(node, "code") in FLOATS:
             self._floating(node)
             return
@@ -322,6 +326,17 @@ class Lowering:
             return
         values, offset = (self.emit(node, "Cast", [v], {"to": int(ir.DataType.FLOAT)}) for v in (codes, zero))
         self.replace(node, self.emit(node, "Mul", [self.emit(node, "Sub", [values, offset]), scale]))
+
+    def _grouped(self, node: ir.Node, size: int) -> None:
+        """Groups of channels are the tokens of a tensor with one more axis."""
+        source = node.inputs[0]
+        assert source is not None and source.shape is not None
+        leading = [0] * (len(source.shape) - 1)
+        attributes = {"granularity": "token", "code": _text(node, "code")}
+        apart = self._reshape(node, source, [*leading, -1, size])
+        rounded = self.emit(node, "DynamicQuantize", [apart], attributes, domain="paretoc")
+        self.replace(node, self._reshape(node, rounded, [*leading, -1]))
+        self._dynamic(rounded.producer())
 
     def _decode(self, node: ir.Node) -> None:
         """A weight whose reader has no rule of its own: dequantise, or store it dense."""

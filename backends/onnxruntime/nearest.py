@@ -11,6 +11,7 @@ FAST = {
 
 def nearest_fast(kind: str, activations: str) -> str:
     """The scheme with a fast kernel for sites of this kind that is nearest to one that rounds their inputs like this,
-    "static", "tensor", "token" or not at all; nothing when there is none."""
+    "static", "tensor", "token", in groups or not at all; nothing when there is none."""
+    activations = "token" if activations.startswith("group") else activations
     fitting = (name for name, (kinds, modes) in FAST.items() if kind in kinds and activations in modes)
     return next(fitting, "")

@@ -27,6 +27,7 @@ _TRIED: dict[str, tuple[Encoding | None, Any]] = {
     "DynamicMatMul": (Affine(8), _TENSOR),
     "SharedMatMul": (Affine(8), "static"),
     "IntegerMatMul": (Affine(8), _TOKEN),
+    "GroupMatMul": (Affine(4, 32), {"granularity": "group32", "code": "int8"}),
     "BlockMatMul": (Affine(4, 32), None),
     "FoldedMatMul": (Affine(8), None),
     "StoredMatMul": (Affine(8), None),

@@ -12,7 +12,11 @@ import onnx_ir as ir
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
 
-class ResidualSum(RewriteRuleClassBase):
+class Rule(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscript ships no types
+    """A pattern, what must hold for it, and what takes its place."""
+
+
+class ResidualSum(Rule):
     """a + b before a LayerNormalization is a Sum: ONNX Runtime fuses Add and LayerNormalization into
     SkipLayerNormalization, which is slower than the two operators, and does not know the same sum as `Sum`."""
 
@@ -31,7 +35,7 @@ class ResidualSum(RewriteRuleClassBase):
         return op.Sum(a, b)
 
 
-class HeadsInside(RewriteRuleClassBase):
+class HeadsInside(Rule):
     """Attention takes q, k, v as [B, T, H·D] and splits the heads itself: no Reshape and Transpose around it."""
 
     def pattern(self, op: Any, q: ir.Value, k: ir.Value, v: ir.Value) -> Any:
@@ -70,7 +74,7 @@ class HeadsInside(RewriteRuleClassBase):
         return op.Attention(q, k, v, *node.inputs[3:], **attributes, **heads)
 
 
-class RootMeanSquareNorm(RewriteRuleClassBase):
+class RootMeanSquareNorm(Rule):
     """x / √(mean(x²) + ε) · weight, spelt out, is RMSNormalization (opset 23)."""
 
     def pattern(self, op: Any, x: ir.Value, two: ir.Value, axes: ir.Value, eps: ir.Value, weight: ir.Value) -> Any:
@@ -99,7 +103,7 @@ class RootMeanSquareNorm(RewriteRuleClassBase):
         return op.RMSNormalization(x, weight, axis=-1, epsilon=_number(eps))
 
 
-class Rotary(RewriteRuleClassBase):
+class Rotary(Rule):
     """x · cos + rotate_half(x) · sin, where both halves turn by the same angles, is RotaryEmbedding (opset 23)."""
 
     def pattern(self, op: Any, x: ir.Value, angles: ir.Value, by: ir.Value, again: ir.Value) -> Any:
@@ -134,7 +138,7 @@ class Rotary(RewriteRuleClassBase):
         return op.RotaryEmbedding(x, op.Mul(op.Cos(angles), by), op.Mul(op.Sin(angles), by))
 
 
-class RotaryInside(RewriteRuleClassBase):
+class RotaryInside(Rule):
     """RotaryEmbedding takes [B, T, H·D] too: it turns the heads before they are split, so that attention may split
     them (`HeadsInside`)."""
 
@@ -155,7 +159,7 @@ class RotaryInside(RewriteRuleClassBase):
         return op.Transpose(parts, perm=[0, 2, 1, 3])
 
 
-class GroupedHeads(RewriteRuleClassBase):
+class GroupedHeads(Rule):
     """Attention reads keys and values that several query heads share where they stand, unrepeated."""
 
     def pattern(self, op: Any, q: ir.Value, k: ir.Value, v: ir.Value) -> Any:
@@ -247,4 +251,4 @@ def _part(sliced: ir.Value) -> tuple[int, int, int]:
     if len(given) < 3 or any(g is None for g in given) or (len(given) > 3 and given[3] != 1):
         return -1, 0, 0
     start, end, axis = (int(g) for g in given[:3])  # type: ignore[arg-type]
-    return axis % _rank(node.inputs[0]), start, end  # type: ignore[arg-type]
+    return axis % _rank(node.inputs[0]), start, end

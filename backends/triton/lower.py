@@ -79,15 +79,19 @@ def _refusal_in_8_bits(site: Site, capability: Capability) -> str:
         return "not quantised"
     if source.meta["val"].dtype not in DTYPES:
         return "not in a type that kernels read"
-    code = "int8" if source.target is STATIC else argument(source, 2, "code", "int8")
-    if source.target is DYNAMIC and code in FLOATS and operands(source)[1] == "tensor":
+    static = source.target is STATIC
+    code = "int8" if static else argument(source, 2, "code", "int8")
+    granularity = "tensor" if static else operands(source)[1]
+    if granularity not in ("tensor", "token"):
+        return f"no kernel finds a scale for each {granularity}"
+    if granularity == "tensor" and code in FLOATS:
         return f"no kernel finds one {code} scale for a tensor"
     if code in UNSIGNED:
         return f"no kernel for {code}, which is asymmetric"
     if code in FLOATS and capability is not None and capability < _FLOAT8:
         return f"this GPU has no {code}"
     width = shape_of(source)[-1]
-    if source.target is DYNAMIC and operands(source)[1] == "token" and width > quantize.MAX_WIDTH:
+    if granularity == "token" and width > quantize.MAX_WIDTH:
         return f"{width} columns are more than the quantiser holds"
     chosen = quantized.quantized_format(str(operands(site.weight)[1]), code)
     return chosen if isinstance(chosen, str) else ""

@@ -57,6 +57,9 @@ _PUBLIC = {
     "unpack": "encodings",
     "packed_size": "encodings",
     "Site": "sites",
+    "Axes": "axes",
+    "Axis": "axes",
+    "find_axes": "axes",
     "TokenRule": "protocols",
     "TokenState": "protocols",
     "Reduced": "protocols",
@@ -100,6 +103,9 @@ _PASSES = (
 
 if TYPE_CHECKING:
     from paretoc.compiler.artifact import load as load
+    from paretoc.compiler.axes import Axes as Axes
+    from paretoc.compiler.axes import Axis as Axis
+    from paretoc.compiler.axes import find_axes as find_axes
     from paretoc.compiler.backend import Backend as Backend
     from paretoc.compiler.backend import Executable as Executable
     from paretoc.compiler.backend import Explanation as Explanation

@@ -1,7 +1,7 @@
 """Activation quantisers: x → the nearest representable x.
 
 `fake_quantize` is static (the range was measured by calibration), `fake_quantize_dynamic` finds the range of each
-call: of the whole tensor (ONNX DynamicQuantizeLinear) or of each token (last axis).
+call: of the whole tensor (ONNX DynamicQuantizeLinear), of each token (last axis) or of each group of its channels.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def fake_quantize_dynamic(x: Tensor, granularity: str, code: str = "int8") -> Te
     granularity "tensor": one range; integers unsigned and asymmetric, with int8 exactly ONNX DynamicQuantizeLinear.
     granularity "token": over the last axis; int… symmetric, scale = max|x| / the largest code, as with floating codes,
     uint… asymmetric, so that what lies on one side of zero (the output of a GELU) has all codes there.
+    granularity "group32": the same for each 32 consecutive channels of a token; another number likewise.
     """
     return reference_fake_quantize_dynamic(x, granularity, code)
 
@@ -54,7 +55,14 @@ UNSIGNED = {f"u{code}": bits for code, bits in INTEGERS.items()}
 CODES = (*INTEGERS, *UNSIGNED, *FLOATS)
 
 
+def group_of(granularity: str) -> int:
+    """"group32" → 32; 0 for other granularities."""
+    return int(granularity.removeprefix("group")) if granularity.startswith("group") else 0
+
+
 def reference_fake_quantize_dynamic(x: Tensor, granularity: str, code: str = "int8") -> Tensor:
+    if size := group_of(granularity):
+        return reference_fake_quantize_dynamic(x.reshape(*x.shape[:-1], -1, size), "token", code).flatten(-2)
     values = x.float()
     if code not in CODES:
         raise ValueError(f"{code!r} is not an activation code; there are {', '.join(CODES)}")

@@ -92,6 +92,7 @@ class Gptq:
         whole = self.static_groups or self.act_order or matrix.whole
         grams = matrix.grams(evidence)
         fixed = self._search(matrix.values, matrix.grouped, _costs(matrix, grams)) if whole else None
+        dependent = any(singular(gram) for _, gram in grams)
         codes = torch.zeros_like(matrix.dense)
         for rows, gram in grams:
             order = gram.diagonal().argsort(descending=True, stable=True) if self.act_order else None
@@ -100,7 +101,7 @@ class Gptq:
             for some in _slices(rows, gram.shape[0]):
                 parts.append(_Rounding(self, matrix, some, fixed, codes[some]))
                 self._sweep(parts[-1], factor, order)
-        if damping > self.damp or any(singular(gram) for _, gram in grams):
+        if damping > self.damp or dependent:
             warn(
                 f"the Hessian of its inputs is singular: {damping:.3g} of the mean of its diagonal was added to it; "
                 "use more calibration data"

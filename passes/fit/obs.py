@@ -119,6 +119,6 @@ def singular(hessian: Tensor) -> bool:
     correlations have an eigenvalue that float32 does not distinguish from zero."""
     size = hessian.diagonal().double().sqrt()
     size = torch.where(size > 0, size, 1.0)
-    correlation = hessian.double() / size / size.unsqueeze(1)
+    correlation = (hessian.double() / size).div_(size.unsqueeze(1)).T  # as above, in one place
     correlation.diagonal().fill_(1 - _ROUNDING * len(size) ** 0.5)
-    return bool(torch.linalg.cholesky_ex(correlation).info)
+    return bool(torch.linalg.cholesky_ex(correlation, out=(correlation, torch.empty(0, dtype=torch.int32))).info)

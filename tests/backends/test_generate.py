@@ -18,7 +18,7 @@ from paretoc.compiler.generate import Generator
 from paretoc.compiler.registry import registry
 
 SMALL = {
-    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 60,
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32, "vocab_size": 60,
     "max_position_embeddings": 48,
 }  # fmt: skip
 GROUPED = SMALL | {"num_key_value_heads": 2}
@@ -87,12 +87,12 @@ def test_greedy_equals_transformers(compiled):
 
 
 def test_the_padding_matters(compiled):
-    """A check of the check above: without the mask, the padded row goes on differently."""
+    """A check of the check above: without the mask, the padded row is another."""
     _, ours = compiled
     ids, mask = prompt()
-    padded = ours.generate(ids, mask, max_new_tokens=20, eos_token_id=[])
-    bare = ours.generate(ids, max_new_tokens=20, eos_token_id=[])
-    assert torch.equal(padded[0], bare[0]) and not torch.equal(padded[1], bare[1])
+    (same, padded), (bare, other) = ours(ids, attention_mask=mask)["logits"], ours(ids)["logits"]
+    torch.testing.assert_close(same, bare, rtol=1e-5, atol=1e-5)  # float32, other orders of sums
+    assert (padded[-1] - other[-1]).abs().max() > 1e-2
 
 
 def test_prefill_and_decode_equal_the_model(compiled):
@@ -192,7 +192,7 @@ def test_quantised_saved_loaded(tmp_path):
     model = made("qwen2")
     ids, mask = prompt()
     ours = pc.compile(pc.CausalLM(model, max_length=40), ["quantize:W4A16,group_size=16"], calibration=[ids])
-    assert {row.encoding for row in ours.explain().rows if "proj" in row.site} == {"Affine(4, group=16)"}
+    assert {row.encoding for row in ours.explain().rows if "proj" in row.site} == {"Affine(bits=4, group=16)"}
     assert str(ours.report()) and ours.report().compiled.bytes < ours.report().original.bytes
     want = ours.generate(ids, mask, max_new_tokens=20)
     assert torch.equal(want, ours.generate(ids, mask, max_new_tokens=20))
@@ -209,7 +209,8 @@ def test_a_text_ends_at_its_end_token(llama):
     end = int(free[0, 10])  # the fourth token of the first answer
     want = reference(model, ids, mask, eos_token_id=end, pad_token_id=end)
     assert torch.equal(ours.generate(ids, mask, max_new_tokens=20, eos_token_id=end), want)
-    assert ours.generate(ids[:1], max_new_tokens=20, eos_token_id=[end, 59]).shape == (1, 11)
+    first = next(place for place in range(7, 27) if free[0, place] in (end, 59))
+    assert torch.equal(ours.generate(ids[:1], max_new_tokens=20, eos_token_id=[59, end]), free[:1, : first + 1])
 
 
 def test_sampling_is_drawn_from_the_distribution(llama):

@@ -16,6 +16,7 @@ SCHEMES = {
     "DynamicMatMul": "W8A8-dynamic",
     "SharedMatMul": "W8A8",
     "IntegerMatMul": "W8A8-dynamic,granularity=token",
+    "GroupMatMul": "W4A8",
     "BlockMatMul": "W4A16",
     "StoredMatMul": "W4A16,symmetric=false",
     "FoldedMatMul": "W8A16",

@@ -61,6 +61,7 @@ def test_calls_that_do_not_fit_are_refused(refused):
     def call(**changes):
         return lambda: CACHE.complete({"input_ids": IDS} | changes)
 
+    refused(OptionError, "input_ids has shape [3]", call(input_ids=IDS[0]))
     refused(OptionError, "13 tokens are more than the context of 12", call(past_key_values=layers(CACHE.zeros(2, 10))))
     refused(
         OptionError,

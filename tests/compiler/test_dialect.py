@@ -146,6 +146,30 @@ def test_the_dynamic_range_of_a_token_is_symmetric_over_the_last_axis():
             torch.testing.assert_close(got[b, t], torch.tensor(want), rtol=1e-6, atol=0)
 
 
+def test_unsigned_codes_of_a_token_cover_its_own_range():
+    """A token on one side of zero has all codes there: three times finer than with the symmetric code."""
+    x = torch.rand(3, 64) * torch.tensor([[1.0], [-5.0], [0.0]])
+    got = ops.fake_quantize_dynamic(x, "token", "uint4")
+    for row, values in zip(got.numpy(), x.numpy(), strict=True):
+        low, high = min(values.min(), np.float32(0)), max(values.max(), np.float32(0))
+        scale = (high - low) / np.float32(15) or np.float32(1)
+        zero = np.rint(-low / scale)
+        want = (np.clip(np.rint(values / scale) + zero, 0, 15) - zero) * scale
+        np.testing.assert_allclose(row, want, rtol=1e-6, atol=1e-7)
+    symmetric = ops.fake_quantize_dynamic(x, "token", "int4")
+    assert (got - x).square().sum() < (symmetric - x).square().sum() / 3
+
+
+def test_gradients_go_straight_through():
+    for rounded in (
+        lambda x: ops.fake_quantize_dynamic(x, "token", "int4"),
+        lambda x: ops.fake_quantize(x, torch.tensor(0.1), torch.tensor(128).byte()),
+    ):
+        x = torch.randn(3, 4, requires_grad=True)
+        (rounded(x) * torch.arange(12.0).reshape(3, 4)).sum().backward()
+        assert torch.equal(x.grad, torch.arange(12.0).reshape(3, 4))
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
 def test_zeros_stay_zeros(granularity):
     assert torch.equal(ops.fake_quantize_dynamic(torch.zeros(2, 3), granularity), torch.zeros(2, 3))

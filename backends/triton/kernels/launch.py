@@ -33,8 +33,7 @@ class Tiling:
 
     @property
     def constants(self) -> dict[str, int]:
-        named = vars(self) | {"num_warps": None, "num_stages": None, "kernel": None}
-        blocks = {name.upper(): value for name, value in named.items() if value is not None}
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "SPLIT": self.split}
         return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def __str__(self) -> str:
@@ -49,6 +48,14 @@ def cdiv(a: int, b: int) -> int:
 def split_k(programs: int, steps: int) -> int:
     """How many programs share the `steps` of one sum, when the outputs alone give so many programs."""
     return max(1, min(cdiv(PROGRAMS, programs), steps))
+
+
+def sum_parts(parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Partial sums `[SPLIT, M, N]`, float32 → `[M, N]` with the bias; a single part has it already."""
+    if len(parts) == 1:
+        return parts[0]
+    total = parts.sum(0)
+    return (total if bias is None else total + bias).to(dtype)
 
 
 def check_dtype(x: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ....compiler.dialect import activations
 from ....compiler.dialect.activations import FLOATS, INTEGERS
 from .launch import cdiv, check_dtype, launch
 
@@ -153,8 +154,6 @@ def _(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 @torch.library.custom_op("paretoc_triton::tensor_range", mutates_args=())
 def tensor_range(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """x → scale `[]` and zero point `[]`, float32, of unsigned codes of so many bits: plain PyTorch."""
-    from ....compiler.dialect import activations
-
     return activations.tensor_range(x.float(), (1 << bits) - 1)
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....compiler.dialect.activations import FLOATS
-from .launch import Tiling, cdiv, launch, split_k
+from .launch import Tiling, cdiv, launch, split_k, sum_parts
 from .weights import Format, code_tile, scale_tile, weight_arguments, weight_format, zero_tile
 
 #: the fewest columns that 8-bit tensor cores multiply at once
@@ -31,7 +31,7 @@ def quantized_matmul_kernel(
     M, N, K, groups, stride_x_scale, stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
     ELEMENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
     OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr, SPARSE: tl.constexpr,
-    X_OFFSET: tl.constexpr,
+    BOOKS: tl.constexpr, DIM: tl.constexpr, X_OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """x `[M, K]` → out `[M, N]`, or with SPLIT > 1 the partial sums `[SPLIT, M, N]`, float32, without bias."""
@@ -126,8 +126,7 @@ def quantized_linear(
     fmt = weight_format(encoding)
     assert isinstance(fmt, Format)
     tile = tiling(M, N, K, fmt)
-    split = tile.split > 1
-    out = torch.empty((tile.split, M, N), dtype=torch.float32 if split else dtype, device=x.device)
+    out = torch.empty((tile.split, M, N), dtype=torch.float32 if tile.split > 1 else dtype, device=x.device)
     launch(
         quantized_matmul_kernel,
         (cdiv(N, tile.block_n), cdiv(M, tile.block_m), tile.split),
@@ -144,10 +143,7 @@ def quantized_linear(
         **weight_arguments(arrays, encoding, (N, K)),
         **tile.constants,
     )
-    if split:
-        total = out.sum(0)
-        out = (total if bias is None else total + bias).to(dtype)
-    return out.reshape(*x.shape[:-1], N)
+    return sum_parts(out, bias, dtype).reshape(*x.shape[:-1], N)
 
 
 @quantized_linear.register_fake

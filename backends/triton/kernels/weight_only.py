@@ -1,4 +1,4 @@
-"""y = x·Ŵᵀ + b, the weights decoded on the way: W8A16, W4A16, W2A16, MXFP4, NVFP4, FP8, NF4, codebooks, 2:4.
+"""y = x·Ŵᵀ + b, the weights decoded on the way: W8A16, W4A16, W2A16, MXFP4, NVFP4, FP8, NF4, 2:4, codebooks.
 
 x `[…, K]` float16, bfloat16 or float32, any strides; W `[N, K]` as described in `weights`; b `[N]` or none; y as x.
 Sums are float32, as in the reference `linear(x, decode(…), b)`. One token is a matrix-vector product: bound by the
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, Tiling, cdiv, check_dtype, launch, split_k
+from .launch import INTERPRETED, Tiling, cdiv, check_dtype, launch, split_k, sum_parts
 from .weights import Format, scale_tile, table_tile, weight_arguments, weight_format, weight_tile
 
 
@@ -26,19 +26,20 @@ def gemv_kernel(
     N, K, groups, stride_k, stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
     ELEMENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
     OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr, SPARSE: tl.constexpr,
+    BOOKS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """x `[K]` → out `[N]`, or with SPLIT > 1 the partial sums `[SPLIT, N]`, float32, without bias."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
-    if ELEMENT == "table":
-        table = table_tile(table, rows, N, BITS, PER_ROW)
+    if ELEMENT == "table" or ELEMENT == "additive":
+        table = table_tile(table, rows, N, BITS, PER_ROW, BOOKS, DIM)
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in range(part * BLOCK_K, K, SPLIT * BLOCK_K):
         weights = weight_tile(
             codes, scale, second, zero, table, indices, rows, start, N, K, groups,
             stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
-            ELEMENT, BITS, GROUP, SCALE, ZERO, OFFSET, MANTISSA, BIAS, PER_ROW, SPARSE, BLOCK_K,
+            ELEMENT, BITS, GROUP, SCALE, ZERO, OFFSET, MANTISSA, BIAS, PER_ROW, SPARSE, BOOKS, DIM, BLOCK_K,
         )  # fmt: skip
         columns = start + tl.arange(0, BLOCK_K)
         values = tl.load(x + columns * stride_k, mask=columns < K, other=0.0)
@@ -57,6 +58,7 @@ def matmul_kernel(
     M, N, K, groups, stride_m, stride_k, stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
     ELEMENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
     OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr, SPARSE: tl.constexpr,
+    BOOKS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """x `[M, K]` → out `[M, N]`, or with SPLIT > 1 the partial sums `[SPLIT, M, N]`, float32, without bias."""
@@ -64,14 +66,14 @@ def matmul_kernel(
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = tl.program_id(2)
     places = x + tokens.to(tl.int64)[None, :] * stride_m
-    if ELEMENT == "table":
-        table = table_tile(table, rows, N, BITS, PER_ROW)
+    if ELEMENT == "table" or ELEMENT == "additive":
+        table = table_tile(table, rows, N, BITS, PER_ROW, BOOKS, DIM)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(part * BLOCK_K, K, SPLIT * BLOCK_K):
         weights = weight_tile(
             codes, scale, second, zero, table, indices, rows, start, N, K, groups,
             stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
-            ELEMENT, BITS, GROUP, SCALE, ZERO, OFFSET, MANTISSA, BIAS, PER_ROW, SPARSE, BLOCK_K,
+            ELEMENT, BITS, GROUP, SCALE, ZERO, OFFSET, MANTISSA, BIAS, PER_ROW, SPARSE, BOOKS, DIM, BLOCK_K,
         )  # fmt: skip
         columns = start + tl.arange(0, BLOCK_K)
         inside = (columns < K)[:, None] & (tokens < M)[None, :]
@@ -91,7 +93,8 @@ def matmul_kernel(
 def tiling(M: int, N: int, K: int, fmt: Format) -> Tiling:
     """The kernel and its blocks for a class of shapes."""
     if M == 1:
-        block_n, block_k = 8, (1 + fmt.sparse) * 2048 // fmt.bits  # 256 bytes of each row: 16 a thread
+        # 256 bytes of each row, 16 a thread; codes for several weights are so few that the sums bound the block
+        block_n, block_k = 8, (1 + fmt.sparse) * min(fmt.dim, 4) * 2048 // fmt.bits
         return Tiling("gemv", 1, block_n, block_k, split_k(cdiv(N, block_n), cdiv(K, block_k)))
     if M <= 16:
         return Tiling("skinny matmul", 16, 32, 128, split_k(cdiv(N, 32), cdiv(K, 128)))
@@ -111,8 +114,7 @@ def weight_only_linear(
     fmt = weight_format(encoding)
     assert isinstance(fmt, Format)
     tile = tiling(M, N, K, fmt)
-    split = tile.split > 1
-    out = x.new_empty((tile.split, M, N), dtype=torch.float32 if split else x.dtype)
+    out = x.new_empty((tile.split, M, N), dtype=torch.float32 if tile.split > 1 else x.dtype)
     arguments = {
         "x": tokens,
         "bias": bias,
@@ -131,10 +133,7 @@ def weight_only_linear(
         # the interpreter would multiply the bit patterns of bfloat16
         widen = INTERPRETED and x.dtype == torch.bfloat16
         launch(matmul_kernel, grid, **arguments, M=M, stride_m=tokens.stride(0), WIDEN=widen)
-    if split:
-        total = out.sum(0)
-        out = (total if bias is None else total + bias).to(x.dtype)
-    return out.reshape(*x.shape[:-1], N)
+    return sum_parts(out, bias, x.dtype).reshape(*x.shape[:-1], N)
 
 
 @weight_only_linear.register_fake

@@ -1,4 +1,4 @@
-"""ŵ = scale · (code − zero), scale · float(code) or scale · table[code]: a tile of an encoded weight, in registers.
+"""ŵ = scale · (code − zero), scale · float(code) or scale · Σ table[code]: a tile of an encoded weight, in registers.
 
 What the matmul kernels share. A weight W `[N, K]` lies in memory as its encoding stores it: `codes` uint8
 `[N, ⌈K·bits/8⌉]`, low bits first; a scale for each row or for each `group` of K; for some, a zero point with each
@@ -18,11 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....compiler.encodings import NF4, NM, Affine, Codebook, Dense, Encoding, Float, parse_encoding
+from ....compiler.encodings import NF4, NM, Additive, Affine, Codebook, Dense, Encoding, Float, parse_encoding
 from ....compiler.encodings.codebook import LookUp
 
 #: sizes of codes of which a byte holds a whole number
 _BITS = (2, 4, 8)
+#: the most numbers of additive codebooks, of 2 bytes, that are kept in shared memory
+_TABLE = 1 << 14
 #: the exponent bits and the mantissa bits of float16, through which floats are decoded
 _EXPONENT, _MANTISSA = 5, 10
 
@@ -31,10 +33,11 @@ _EXPONENT, _MANTISSA = 5, 10
 class Format:
     """How the kernels read an encoding: the compile-time constants of `weight_tile`.
 
-    `element` is "integer", "float", "table" or "dense" (numbers as they are). `offset` is what a symmetric integer was stored with; `mantissa` and
-    `bias` are those of a float. `group` is the number of weights along K under one scale, 0 for a whole row; `scale`
-    "number", "e8m0", "shift", "e4m3" (times one number for the tensor) or "none"; `zero` "none", "integer" (packed
-    like the codes) or "float"; `per_row` says that each row has a table, `sparse` that the weight is 2:4.
+    `element` is "integer", "float", "table", "additive" or "dense" (numbers as they are). `offset` is what a symmetric
+    integer was stored with; `mantissa` and `bias` are those of a float. `group` is the number of weights along K under
+    one scale, 0 for a whole row; `scale` "number", "e8m0", "shift", "e4m3" (times one number for the tensor) or "none";
+    `zero` "none", "integer" (packed like the codes) or "float"; `per_row` says that each row has a table, `sparse` that
+    the weight is 2:4. An additive code chooses `dim` weights at once from each of `books` tables.
     """
 
     element: str
@@ -47,6 +50,8 @@ class Format:
     bias: int = 0
     per_row: bool = False
     sparse: bool = False
+    books: int = 1
+    dim: int = 1
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -58,12 +63,14 @@ def weight_format(text: str) -> Format | str:
     """The format of an encoding given by its text, or a sentence why no kernel reads it."""
     encoding = parse_encoding(text)
     if isinstance(encoding, NM):
-        if (encoding.n, encoding.m) != (2, 4) or isinstance(encoding.values, NF4):
+        if (encoding.n, encoding.m) != (2, 4) or isinstance(encoding.values, (NF4, Additive)):
             return f"no Triton kernel reads {encoding.n}:{encoding.m} of {type(encoding.values).__name__}"
         inner = weight_format(str(encoding.values))
         return inner if isinstance(inner, str) else replace(inner, sparse=True)
     if isinstance(encoding, Dense):
         return Format("dense", 8, scale="none")
+    if isinstance(encoding, Additive):
+        return _additive(encoding)
     if not isinstance(encoding, (Affine, Float, NF4, Codebook)):
         return f"no Triton kernel reads {type(encoding).__name__}"
     if encoding.bits not in _BITS:
@@ -80,6 +87,14 @@ def weight_format(text: str) -> Format | str:
             return f"float16 does not hold every number of {encoding.format}"
         return Format("float", encoding.bits, group, scale, mantissa=encoding.mantissa, bias=encoding.bias)
     return Format("table", encoding.bits, group, scale, per_row=getattr(encoding, "per", "tensor") == "row")
+
+
+def _additive(encoding: Additive) -> Format | str:
+    if encoding.bits != 8 or encoding.dim & (encoding.dim - 1) or encoding.codebooks & (encoding.codebooks - 1):
+        return f"no Triton kernel reads {encoding.codebooks} codebooks of {encoding.bits} bits × {encoding.dim} weights"
+    if encoding.codebooks * encoding.entries * encoding.dim > _TABLE:
+        return f"{encoding.codebooks} codebooks of {encoding.dim} weights do not fit beside the tiles in shared memory"
+    return Format("additive", 8, books=encoding.codebooks, dim=encoding.dim)
 
 
 def array_names(encoding: Encoding, shape: tuple[int, int]) -> tuple[str, ...]:
@@ -100,7 +115,7 @@ def weight_arguments(arrays: Sequence[Tensor], text: str, shape: tuple[int, int]
     assert isinstance(fmt, Format)
     named = {name.removeprefix("values."): a for name, a in zip(_named(text, shape), arrays, strict=True)}
     codes, indices = named.get("codes", named.get("values")), named.get("indices")
-    scale, zero, table = (named.get(name) for name in ("scale", "zero", "table"))
+    scale, zero, table = named.get("scale"), named.get("zero"), named.get("table", named.get("codebooks"))
     assert codes is not None
     width = shape[1] // 2 if fmt.sparse else shape[1]
     return {
@@ -192,10 +207,11 @@ def code_tile(
 
 
 @triton.jit
-def table_tile(table, rows, N, BITS: tl.constexpr, PER_ROW: tl.constexpr):
-    """The table `[2^BITS]`, float32, or those of the given rows in a line; read once, looked up in shared memory."""
+def table_tile(table, rows, N, BITS: tl.constexpr, PER_ROW: tl.constexpr, BOOKS: tl.constexpr, DIM: tl.constexpr):
+    """The table `[2^BITS]`, or those of the given rows or all codebooks in a line: read once, then looked up in shared
+    memory."""
     BLOCK_N: tl.constexpr = rows.shape[0]
-    entries = tl.arange(0, 1 << BITS)
+    entries = tl.arange(0, BOOKS * DIM << BITS)
     if PER_ROW:
         places = (rows.to(tl.int64) << BITS)[:, None] + entries[None, :]
         tile = tl.load(table + places, mask=(rows < N)[:, None], other=0.0).reshape(BLOCK_N << BITS)
@@ -216,11 +232,21 @@ def by_group(tile, parameters, SUBTRACT: tl.constexpr):
 
 
 @triton.jit
+def entry_tile(table, codes, book, DIM: tl.constexpr):
+    """Codes `[BLOCK_N, COUNT]` of 8 bits → the entries of one codebook, float32 `[BLOCK_N, COUNT·DIM]`."""
+    BLOCK_N: tl.constexpr = codes.shape[0]
+    SIZE: tl.constexpr = codes.shape[1] * DIM
+    places = (codes.to(tl.int32) + book * 256)[:, :, None] * DIM + tl.arange(0, DIM)[None, None, :]
+    return tl.gather(table, places.reshape(BLOCK_N * SIZE), 0).reshape(BLOCK_N, SIZE).to(tl.float32)
+
+
+@triton.jit
 def stored_tile(
     codes, scale, second, zero, table, rows, start, N, groups,
     stride_codes, stride_scale, stride_zero, row_bytes,
     ELEMENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
-    OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr, BLOCK_K: tl.constexpr,
+    OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr, BOOKS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Stored weights `[BLOCK_N, BLOCK_K]`, float32, of the given rows, from column `start` (a multiple of BLOCK_K) on.
 
@@ -229,8 +255,14 @@ def stored_tile(
     """
     COUNT: tl.constexpr = BLOCK_K // GROUP if GROUP > 0 and GROUP < BLOCK_K else 1
     group = start // GROUP if GROUP > 0 else 0
-    tile = code_tile(codes, rows, start, N, stride_codes, row_bytes, BITS, BLOCK_K)
-    if ELEMENT == "dense":
+    tile = code_tile(codes, rows, start // DIM, N, stride_codes, row_bytes, BITS, BLOCK_K // DIM)
+    if ELEMENT == "additive":
+        values = entry_tile(table, tile, 0, DIM)
+        for book in tl.static_range(1, BOOKS):
+            first = start // DIM + book * (row_bytes // BOOKS)  # the codes of one codebook after those of the other
+            tile = code_tile(codes, rows, first, N, stride_codes, row_bytes, BITS, BLOCK_K // DIM)
+            values += entry_tile(table, tile, book, DIM)
+    elif ELEMENT == "dense":
         values = tile.to(tl.float32)
     elif ELEMENT == "float":
         code = tile.to(tl.int16)
@@ -292,14 +324,14 @@ def weight_tile(
     stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
     ELEMENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
     OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr, SPARSE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BOOKS: tl.constexpr, DIM: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Weights `[BLOCK_N, BLOCK_K]`: what `stored_tile` reads, with the zeros of a 2:4 sparse weight between."""
     STORED: tl.constexpr = BLOCK_K // 2 if SPARSE else BLOCK_K
     tile = stored_tile(
         codes, scale, second, zero, table, rows, start // 2 if SPARSE else start, N, groups,
         stride_codes, stride_scale, stride_zero, row_bytes,
-        ELEMENT, BITS, GROUP, SCALE, ZERO, OFFSET, MANTISSA, BIAS, PER_ROW, STORED,
+        ELEMENT, BITS, GROUP, SCALE, ZERO, OFFSET, MANTISSA, BIAS, PER_ROW, BOOKS, DIM, STORED,
     )  # fmt: skip
     if SPARSE:
         fours = (K // 4 * 3 + 7) // 8

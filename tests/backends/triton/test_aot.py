@@ -55,6 +55,7 @@ CASES = [
     case("NVFP4 prefill", LINEAR, [tensor(512, 4096, dtype="bfloat16"), *weight("Float('e2m1', 16, 'e4m3')")], [90]),
     case("2:4 int4 decode", LINEAR, [tensor(1, 4096), *weight("NM(2, 4, values=Affine(4, 32))")], [90]),
     case("2:4 int4 prefill", LINEAR, [tensor(512, 4096), *weight("NM(2, 4, values=Affine(4, 32))")], [90]),
+    case("additive decode", LINEAR, [tensor(1, 4096), *weight("Additive(2, 8, 8)")], [90]),
     case("codebook prefill", LINEAR, [tensor(512, 4096), *weight("Codebook(4)")], [80]),
     case("W8A8 prefill", QUANTIZED, [*codes(512), *weight("Affine(8)"), "float16"]),
     case("W4A8 skinny", QUANTIZED, [*codes(16), *weight("Affine(4, 32)"), "float16"], [80]),

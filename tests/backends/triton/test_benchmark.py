@@ -40,6 +40,16 @@ def test_without_a_gpu_it_says_so(script, monkeypatch):
         script.main()
 
 
+@pytest.mark.parametrize("scheme", ["W4A16", "NF4", "2:4 W4A16", "FP8"])
+def test_a_layer_is_what_it_says(script, monkeypatch, scheme):
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    layer = script.Layer(scheme, 2 * script.ROWS, 256)
+    assert layer.decoded.shape == (256, 256)
+    assert layer.error(torch.randn(2, 256)) < 1e-5
+    layer.arrays[0][3, 5] ^= 1
+    assert layer.error(torch.randn(2, 256)) > 1e-4
+
+
 def test_every_scheme_has_its_kernel(script):
     for text, code in script.SCHEMES.values():
         canonical = str(pc.parse_encoding(text))

@@ -69,10 +69,12 @@ STATIC = ["quantize_range", *["quantized_linear"] * 2, "quantize_range", "quanti
         ("quantize:NVFP4", WEIGHT_ONLY),
         ("quantize:W4A16,weights=NF4(32),fitter=rtn", WEIGHT_ONLY),
         ("quantize:W4A16,weights=Codebook(4),fitter=rtn", WEIGHT_ONLY),
+        ("quantize:W4A16,weights=Additive(2),fitter=rtn", WEIGHT_ONLY),
+        ("quantize:W4A16,weights=NM(2,4,values=Affine(4,16)),fitter=rtn", WEIGHT_ONLY),
         ("quantize:W8A8", STATIC),
         ("quantize:W8A8-dynamic", [*RANGES, "quantized_linear"]),
         ("quantize:W8A8-dynamic,granularity=token", TOKENS),
-        ("quantize:W4A8", TOKENS),
+        ("quantize:W4A8,granularity=token", TOKENS),
         ("quantize:FP8", TOKENS),
     ],
 )
@@ -110,6 +112,23 @@ def test_a_gpu_without_float8_rounds_in_pytorch_and_says_so(compiled, near):
     assert {c.note for c in choices.values()} == {"activations rounded by PyTorch: this GPU has no e4m3"}
     (y,), (reference,) = old.run([X]), program.run([X])
     near(y, reference, 1e-5 * reference.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        ("quantize:W4A8", "no kernel finds a scale for each group32"),
+        ("quantize:W4A8,granularity=token,weights=NF4(32),fitter=rtn", "the weights are no integers"),
+    ],
+)
+def test_activations_without_a_kernel_are_rounded_in_pytorch_which_is_said(compiled, near, step, reason):
+    program = compiled(step)
+    executable = Triton().lower(program, {})
+    assert kernels(executable).count("weight_only_linear") == 3
+    (y,), (reference,) = executable.run([X]), program.run([X])
+    near(y, reference, 1e-5 * reference.abs().max())
+    notes = [row.note for row in executable.explain() if row.encoding != "dense"]
+    assert all(note.startswith(f"activations rounded by PyTorch: {reason}") for note in notes)
 
 
 def test_what_no_kernel_reads_runs_the_reference_and_says_why(compiled):
