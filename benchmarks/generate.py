@@ -3,9 +3,9 @@
     python benchmarks/generate.py stories | llama [--threads 2] [--runs 20]
 
 `stories`: stories260k, a real Llama of 260 K parameters, 200 tokens greedy: is the text the same, and where it
-differs, how close were the two tokens. `llama`: a random Llama of 238 M parameters (16 layers, width 1024, 16 heads,
-feed-forward 2816, vocabulary 32000, tied embeddings), one token with 128 in the cache. Calls run interleaved in one
-process; medians, minima in brackets.
+differs, how close were the two tokens. `llama`: a random Llama of 238 M parameters (12 layers, width 1024, 16 heads,
+feed-forward 3328, vocabulary 32000), 128 tokens at once, and one token with 128 in the cache. Calls run interleaved in
+one process; medians, minima in brackets.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ from torch import Tensor
 
 #: its feed-forward is 172 wide, which 32 does not divide
 STORIES = ["quantize:W4A16,group_size=32,ignore=*.down_proj", "quantize:W4A16,group_size=43,targets=*.down_proj"]
-LLAMA = ["quantize:W4A16,group_size=128"]
+LLAMA: dict[str, list[Any]] = {
+    "fp32": [],
+    "W8A8-dynamic": ["quantize:W8A8-dynamic"],
+    "W8A8 in groups": [pc.Quantize("W8A8-dynamic", weights="Affine(8, 128)", granularity="group")],
+    "W4A8": ["quantize:W4A8,group_size=128"],
+    "W4A16": ["quantize:W4A16,group_size=128"],
+}
 PAST = 128
 
 
-def compiled(model: Any, length: int, recipe: list[str]) -> dict[str, Any]:
+def compiled(model: Any, length: int, recipes: dict[str, list[Any]]) -> dict[str, Any]:
     causal = pc.CausalLM(model, max_length=length)
-    recipes: dict[str, list[str]] = {"fp32": [], "W4A16": recipe}
     return {f"paretoc {name}": pc.compile(causal, passes, verify=False) for name, passes in recipes.items()}
 
 
@@ -44,7 +49,7 @@ def run_stories(folder: str | None, runs: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(data_folder(folder) / "stories260k").eval()
     prompt, tokens = torch.tensor([[1]]), 200
     options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    models = compiled(model, 512, STORIES)
+    models = compiled(model, 512, {"fp32": [], "W4A16": STORIES})
 
     def transformers() -> Tensor:
         return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)  # type: ignore[no-any-return]
@@ -78,8 +83,8 @@ def run_llama(folder: str | None, runs: int) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=1024, num_hidden_layers=16, num_attention_heads=16, intermediate_size=2816, vocab_size=32000,
-        tie_word_embeddings=True, max_position_embeddings=1024,
+        hidden_size=1024, num_hidden_layers=12, num_attention_heads=16, intermediate_size=3328, vocab_size=32000,
+        tie_word_embeddings=False, max_position_embeddings=1024,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 32000, (1, PAST + 1))
@@ -92,23 +97,34 @@ def run_llama(folder: str | None, runs: int) -> None:
             model(ids[:, PAST:], past_key_values=past)
         past.crop(-1)
 
+    def prefill() -> None:
+        with torch.inference_mode():
+            model(ids[:, :PAST], past_key_values=DynamicCache(config=config))
+
     models = compiled(model, 1024, LLAMA)
-    calls: dict[str, Callable[[], Any]] = {"transformers eager": eager}
-    calls |= {name: one_token(ours, ids) for name, ours in models.items()}
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"Llama of {parameters / 1e6:.0f} M parameters, one token with {PAST} in the cache")
-    show(interleaved(calls, runs), 1)
+    for title, theirs, tokens in (
+        (f"one token with {PAST} in the cache", eager, slice(PAST, PAST + 1)),
+        (f"{PAST} tokens at once", prefill, slice(0, PAST)),
+    ):
+        calls: dict[str, Callable[[], Any]] = {"transformers eager": theirs}
+        calls |= {name: step(ours, ids, tokens) for name, ours in models.items()}
+        print(f"Llama of {parameters / 1e6:.0f} M parameters, {title}")
+        show(interleaved(calls, runs), tokens.stop - tokens.start)
     for name, ours in models.items():
         print(f"  {name}: {ours._compiled().executable.stored_bytes() / 1e6:.0f} MB of weights")
     print(f"  cache: {cache_bytes(models, PAST + 1):,} bytes for {PAST + 1} tokens")
 
 
-def one_token(ours: Any, ids: Tensor) -> Callable[[], Tensor]:
-    """The same decode step again and again: it writes the same row of the cache."""
+def step(ours: Any, ids: Tensor, tokens: slice) -> Callable[[], Tensor]:
+    """The same step again and again: it writes the same rows of the cache."""
     decoder = ours._compiled().executable.decoder(ours.program.interface.cache, 1, PAST + 1)
     mask, place = torch.ones_like(ids), torch.arange(PAST + 1)[None]
-    decoder(ids[:, :PAST].contiguous(), mask[:, :PAST].contiguous(), place[:, :PAST].contiguous())
-    return lambda: decoder(ids[:, PAST:], mask, place[:, PAST:])
+    first = slice(0, PAST)
+    decoder(*(x[:, first].contiguous() for x in (ids, mask, place)))
+    seen = mask[:, : tokens.stop].contiguous()
+    chosen, places = (x[:, tokens].contiguous() for x in (ids, place))
+    return lambda: decoder(chosen, seen, places)
 
 
 def cache_bytes(models: dict[str, Any], tokens: int) -> int:

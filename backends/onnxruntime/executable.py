@@ -25,7 +25,7 @@ from ...compiler.cost import node_macs
 from ...compiler.errors import ArtifactError, LoweringError, OptionError
 from ...compiler.inline import inline_decode
 from ...compiler.program import Program, argument, example_shape, operands
-from ...compiler.sites import SDPA, Site, weight_sites
+from ...compiler.sites import Site, weight_sites
 from ...compiler.sums import split_sums
 from .cache import CachedDecoder, row_by_row, share_cache
 from .integers import representable
@@ -36,8 +36,8 @@ from .speeds import load_speeds
 from .translate import translate
 
 MODEL, WEIGHTS = "model.onnx", "weights.safetensors"
-#: the smallest opset written, and the one in which attention is a single operator
-_BASE_OPSET, _ATTENTION_OPSET = 18, 23
+#: the smallest opset written: one that other runtimes know, and the one in which attention and norms are one operator
+_OPSETS = {"onnx": 18, "onnxruntime": 23}
 #: session options that travel with a model: a DequantizeLinear before a MatMul must not round the activations
 CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1"}
 #: tensors smaller than this stay inside model.onnx
@@ -65,11 +65,10 @@ class OnnxExecutable:
         encodings = [program.encoding(n) for n in program.calls(torch.ops.paretoc.decode.default)]
         traced = inline_decode(program, representable)
         shared = target == "onnxruntime" and share_cache(program)
-        wants_attention = target == "onnxruntime" and program.calls(*SDPA)
         codes = [
             str(argument(n, 2, "code", "int8")) for n in program.calls(torch.ops.paretoc.fake_quantize_dynamic.default)
         ]
-        opset = required_opset(encodings, codes, _ATTENTION_OPSET if wants_attention else _BASE_OPSET)
+        opset = required_opset(encodings, codes, _OPSETS[target])
         model = translate(program, opset)
         lowering = Lowering(model, target, rows, load_speeds())
         lowering.run()

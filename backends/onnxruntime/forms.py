@@ -195,9 +195,8 @@ class FoldedMatMul:
         return ""
 
     def emit(self, lowering: Lowering, linear: Linear) -> ir.Value:
-        weight = lowering.folded_weight(linear.node, linear.stored.transposed(), linear.site)
-        product = lowering.emit(linear.node, "MatMul", [linear.x, weight], name=linear.site)
-        return lowering.add_bias(linear.node, product, linear.bias)
+        weight = lowering.folded_weight(linear.node, linear.stored, linear.site)
+        return lowering.float_linear(linear.node, linear.x, weight, linear.bias, linear.site)
 
 
 class StoredMatMul:

@@ -81,9 +81,10 @@ def _by_site(graph: onnx.GraphProto, sites: Sequence[Placed]) -> dict[str, onnx.
             found.setdefault(node.name, node)
     decoded: dict[str, str] = {}  # value computed from stored arrays → the site they belong to
     for node in graph.node:
-        owner = next(
-            (decoded.get(i) or _owner(i, known) for i in node.input if decoded.get(i) or _owner(i, known)), None
-        )
+        owners = (decoded.get(i) or _owner(i, known) for i in node.input)
+        if node.domain == "com.microsoft.nchwc" and len(node.input) > 2:  # its weight has been laid out anew
+            owners = (_owner(i, known, ".bias") for i in node.input[2:])
+        owner = next((o for o in owners if o), None)
         if owner is None:
             continue
         if node.op_type in _READERS or (node.op_type == "Gather" and kinds[owner] == "embedding"):
@@ -93,9 +94,9 @@ def _by_site(graph: onnx.GraphProto, sites: Sequence[Placed]) -> dict[str, onnx.
     return found
 
 
-def _owner(name: str, known: set[str]) -> str | None:
+def _owner(name: str, known: set[str], part: str = ".weight") -> str | None:
     """encoder.query.weight.codes → encoder.query, when that is a site."""
-    path, separator, _ = name.partition(".weight")
+    path, separator, _ = name.partition(part)
     return path if separator and path in known else None
 
 

@@ -25,6 +25,10 @@ from .integers import Integers, integers
 from .speeds import Speeds
 
 
+#: which input of an operator is its weight
+_WEIGHT_OF = {"Conv": 1, "ConvTranspose": 1}
+
+
 @dataclass
 class Lowering:
     """The state of one lowering: the model, the target, how many rows each site multiplies, which form is how fast;
@@ -48,6 +52,8 @@ class Lowering:
         rules |= {"StaticQuantize": self._static, "DynamicQuantize": self._dynamic}
         rules |= {"GroupedMatMul": self._grouped_matmul}
         for node in list(self.model.graph):
+            if (place := _WEIGHT_OF.get(node.op_type)) is not None:
+                node.name = _site(node.inputs[place])  # `explain()` looks for it when its weight has been folded
             if node.domain == "paretoc" and node.op_type == "Linear":
                 self._linear(node)
             elif node.op_type == "Gather" and _opaque(node.inputs[0], "Decode"):
@@ -120,7 +126,7 @@ class Lowering:
         site = _site(decode.inputs[0] if decode else weight)
         stored = _integers(decode) if decode else None
         if stored is None:
-            self.replace(node, self._float_linear(node, x, weight, bias, site))
+            self.replace(node, self.float_linear(node, x, weight, bias, site))
             return
         quantiser = _quantiser(x)
         code, granularity = (_text(quantiser, key) for key in ("code", "granularity")) if quantiser else ("", "")
@@ -135,7 +141,7 @@ class Lowering:
             name for name, form in FORMS.items() if form.standard >= (not self.contrib) and not form.refusal(linear)
         ]
 
-    def _float_linear(self, node: ir.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None, site: str) -> ir.Value:
+    def float_linear(self, node: ir.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None, site: str) -> ir.Value:
         """x·Wᵀ + b in floating point: Gemm for a matrix, MatMul with the transposed weight otherwise."""
         if x.shape is not None and len(x.shape) == 2:
             inputs = [x, weight] if bias is None else [x, weight, bias]
@@ -388,8 +394,15 @@ def _opaque(value: ir.Value | None, op_type: str) -> ir.Node | None:
 
 
 def _site(value: ir.Value | None) -> str:
-    """encoder.layer.0.query.weight.codes → encoder.layer.0.query"""
-    name = (value.name if value is not None else None) or "constant"
+    """encoder.layer.0.query.weight.codes → encoder.layer.0.query, also for what is computed from it."""
+    sources, waiting = [], [value]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and one.producer() is not None:
+            waiting += one.producer().inputs  # type: ignore[union-attr]
+        elif one is not None and one.name:
+            sources.append(one.name)
+    name = next((s for s in sources if ".weight" in s), sources[0] if sources else "constant")
     head, separator, _ = name.partition(".weight")
     return head if separator else name.rpartition(".")[0] or name
 

@@ -377,3 +377,12 @@ def test_decode_gives_fresh_memory_of_the_asked_dtype():
     got.zero_()
     assert stored.abs().sum() > 0
     assert ops.decode([stored], str(Dense()), [4, 16], torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize("code", ["int8", "int4", "uint4", "e4m3"])
+def test_a_group_of_channels_is_rounded_as_a_token(code):
+    x = torch.randn(2, 3, 64)
+    rounded = torch.ops.paretoc.fake_quantize_dynamic
+    parts = torch.cat([rounded(part, "token", code) for part in x.split(16, -1)], -1)
+    torch.testing.assert_close(rounded(x, "group16", code), parts, rtol=0, atol=0)
+    assert not torch.equal(rounded(x, "group32", code), parts)

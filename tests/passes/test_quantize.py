@@ -210,9 +210,18 @@ def test_two_passes_may_read_one_activation_under_two_ranges(models):
 def test_a_convolution_knows_no_tokens(models, reference):
     compiled = reference(models.Cnn().eval(), ["quantize:W4A8,group_size=8"], torch.randn(2, 4, 8, 8))
     kinds = {n.args[0].name: n.args[1] for n in compiled.program.calls(ops.fake_quantize_dynamic.default)}
-    assert list(kinds.values()) == ["tensor", "tensor", "token"]
+    assert list(kinds.values()) == ["tensor", "tensor", "group8"]
     stored = {"stem": Affine(4), "depthwise": Affine(4), "head": Affine(4, 8)}
     assert _encodings(compiled) == {path: str(encoding) for path, encoding in stored.items()}
+
+
+def test_groups_of_activations_are_those_of_the_weights(reference):
+    layer, x = nn.Sequential(nn.Linear(64, 16)).eval(), torch.randn(3, 64)
+    with pytest.raises(pc.OptionError, match="needs weights in groups"):
+        pc.Quantize("W8A8-dynamic", granularity="group")
+    for call, groups in (("W4A8", 32), ("W4A8,group_size=16", 16)):
+        (node,) = reference(layer, [f"quantize:{call}"], x).program.calls(ops.fake_quantize_dynamic.default)
+        assert node.args[1] == f"group{groups}"
 
 
 # -- attention -------------------------------------------------------------------------------------------
