@@ -214,14 +214,20 @@ def stored_bits(bits: float) -> str:
 def explanation_table(explanation: Explanation) -> Table:
     """`explain()` as a table, a row per site."""
     table = Table(title=f"what runs on {explanation.target}", title_justify="left")
-    for column in ("site", "encoding", "kernel", "fast", "ms", "× fp32", "roofline", "note"):
-        table.add_column(column, overflow="fold")
-    for row in explanation.rows:
-        milliseconds = "" if row.milliseconds is None else f"{row.milliseconds:.3f}"
-        predicted = "" if row.predicted is None else f"{row.predicted:.2g}"
-        roofline = "" if row.roofline is None else f"{row.roofline:.0%}"
-        fast = "yes" if row.accelerated else "no"
-        cells = (row.site, row.encoding, row.kernel, fast, milliseconds, predicted, roofline, row.note)
+    columns: dict[str, list[str]] = {
+        "site": [row.site for row in explanation.rows],
+        "encoding": [row.encoding for row in explanation.rows],
+        "kernel": [row.kernel for row in explanation.rows],
+        "fast": ["yes" if row.accelerated else "no" for row in explanation.rows],
+        "ms": ["" if row.milliseconds is None else f"{row.milliseconds:.3f}" for row in explanation.rows],
+        "× fp32": ["" if row.predicted is None else f"{row.predicted:.2g}" for row in explanation.rows],
+        "roofline": ["" if row.roofline is None else f"{row.roofline:.0%}" for row in explanation.rows],
+        "note": [row.note for row in explanation.rows],
+    }
+    told = {name: cells for name, cells in columns.items() if any(cells)}
+    for name in told:
+        table.add_column(name, overflow="fold")
+    for cells in zip(*told.values(), strict=True):
         table.add_row(*map(escape, cells))
     return table
 

@@ -134,7 +134,7 @@ def _compare(
     for name, a, b in _together(original, compiled, batch, sites):
         if name == _OUTPUT:
             want, got = a, b
-        elif a.shape == b.shape and a.is_floating_point():
+        elif isinstance(a, Tensor) and a.shape == b.shape and a.is_floating_point():
             total = squares.setdefault(sites[name], torch.zeros(4, dtype=torch.float64))
             total += _products(a, b).sum(0)
     names = original.interface.output_names()

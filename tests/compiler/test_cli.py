@@ -401,6 +401,7 @@ def test_plugins_lists_what_is_installed(run: Run) -> None:
         "eager",
         "onnx",
         "onnxruntime",
+        "triton",
     ]
 
 
