@@ -24,7 +24,6 @@ from .forms import FORMS, MICROSOFT, Linear
 from .integers import Integers, integers
 from .speeds import Speeds
 
-
 #: which input of an operator is its weight
 _WEIGHT_OF = {"Conv": 1, "ConvTranspose": 1}
 
@@ -398,8 +397,9 @@ def _site(value: ir.Value | None) -> str:
     sources, waiting = [], [value]
     while waiting:
         one = waiting.pop()
-        if one is not None and one.producer() is not None:
-            waiting += one.producer().inputs  # type: ignore[union-attr]
+        producer = one.producer() if one is not None else None
+        if producer is not None:
+            waiting += producer.inputs
         elif one is not None and one.name:
             sources.append(one.name)
     name = next((s for s in sources if ".weight" in s), sources[0] if sources else "constant")
