@@ -394,14 +394,15 @@ def _opaque(value: ir.Value | None, op_type: str) -> ir.Node | None:
 
 def _site(value: ir.Value | None) -> str:
     """encoder.layer.0.query.weight.codes → encoder.layer.0.query, also for what is computed from it."""
-    sources, waiting = [], [value]
+    sources, waiting, seen = [], [value], set[ir.Value | None]()
     while waiting:
         one = waiting.pop()
         producer = one.producer() if one is not None else None
-        if producer is not None:
+        if producer is not None and one not in seen:
             waiting += producer.inputs
-        elif one is not None and one.name:
+        elif one is not None and producer is None and one.name:
             sources.append(one.name)
+        seen.add(one)
     name = next((s for s in sources if ".weight" in s), sources[0] if sources else "constant")
     head, separator, _ = name.partition(".weight")
     return head if separator else name.rpartition(".")[0] or name

@@ -155,7 +155,7 @@ class RotaryInside(Rule):
         assert node is not None
         turned = op.RotaryEmbedding(x, cos, sin, num_heads=_shape(split)[2])  # type: ignore[index]
         parts = op.Reshape(turned, *node.inputs[1:], **node.attributes)
-        parts.shape, turned.shape, turned.type = split.shape, x.shape, x.type
+        parts.shape, parts.type, turned.shape, turned.type = split.shape, split.type, x.shape, x.type
         return op.Transpose(parts, perm=[0, 2, 1, 3])
 
 
