@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, uint8
 
 from .encodings import Arrays, Encoding, parse_encoding
-from .errors import ArtifactError
+from .files import whole_file
 
 #: an encoding and what is stored under it
 Stored = tuple[Encoding, Arrays]
@@ -67,14 +67,6 @@ def write(file: Path | None, stored: Sequence[Stored]) -> None:
         return
     named = {f"{i}/{key}": array.contiguous() for i, (_, arrays) in enumerate(stored) for key, array in arrays.items()}
     texts = {str(i): str(encoding) for i, (encoding, _) in enumerate(stored)}
-    try:
+    with whole_file(file, where="checkpoint=", fix="choose a writable directory") as part:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        save_file(named, partial, texts)
-        partial.replace(file)
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write to {str(file.parent)!r}: {error.strerror}",
-            where="checkpoint=",
-            fix="choose a writable directory",
-        ) from error
+        save_file(named, part, texts)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence, Sized
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError
+from .files import whole_file
 from .markup import Markup, amount, contenders, join, percent, tag
 from .plots import plots
 from .report import Report, quantity, stored_bits
@@ -23,19 +21,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 def write_report(report: Report, path: Path) -> None:
     """Write the page, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with whole_file(path, where="to_html", fix="choose a writable directory") as part:
         part.write_text(page(report), encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write {str(path)!r}: {error.strerror}",
-            where="to_html",
-            fix="choose a writable directory",
-        ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def page(report: Report) -> str:

@@ -59,8 +59,9 @@ class OnnxExecutable:
     @classmethod
     def from_program(cls, program: Program, *, target: str, options: Mapping[str, Any]) -> OnnxExecutable:
         program = program.clone()
-        rows = {s.path: prod(example_shape(s.node)[:-1]) for s in weight_sites(program) if s.kind == "linear"}
-        sites = [_placed(program, s) for s in weight_sites(program)]
+        found = weight_sites(program)
+        rows = {s.path: prod(example_shape(s.node)[:-1]) for s in found if s.kind == "linear"}
+        sites = [_placed(program, s) for s in found]
         beside = split_sums(program)
         encodings = [program.encoding(n) for n in program.calls(torch.ops.paretoc.decode.default)]
         traced = inline_decode(program, representable)
@@ -75,7 +76,7 @@ class OnnxExecutable:
         optimise(model, [*beside, *traced])
         settings: dict[str, Any] = {
             "config": CONFIG,
-            "sites": [asdict(_chosen(s, lowering, rows)) for s in sites],
+            "sites": [asdict(_chosen(s, lowering)) for s in sites],
             "inputs": [
                 [name, str(t.dtype).removeprefix("torch."), list(t.shape)]
                 for name, t in zip(program.interface.input_names(), program.example, strict=True)
@@ -234,9 +235,9 @@ def _placed(program: Program, site: Site) -> Placed:
     return Placed(site.path, str(encoding or "dense"), site.kind, _activations(site), node_macs(site.node), size)
 
 
-def _chosen(site: Placed, lowering: Lowering, rows: Mapping[str, int]) -> Placed:
-    form = lowering.chosen.get(site.path)
-    return replace(site, form=form, speed=lowering.speeds.of(form, rows.get(site.path, 1))) if form else site
+def _chosen(site: Placed, lowering: Lowering) -> Placed:
+    form, speed = lowering.chosen.get(site.path, ("", None))
+    return replace(site, form=form, speed=speed)
 
 
 def _activations(site: Site) -> str:

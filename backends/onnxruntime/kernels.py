@@ -108,7 +108,7 @@ def _row(site: Placed, node: onnx.NodeProto | None, times: Mapping[str, float], 
     taken = times.get(node.name)
     least = 0.0
     if site.macs:
-        peak = peaks["int8" if node.op_type in _INTEGER else "fp32"]
+        peak = peaks["int8" if fast else "fp32"]
         least = max(2 * site.macs / peak, site.bytes / peaks["memory"]) / 1e6
     return Row(site.path, site.encoding, kernel, fast, taken, note, site.speed, least / taken if taken else None)
 

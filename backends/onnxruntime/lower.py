@@ -31,13 +31,13 @@ _WEIGHT_OF = {"Conv": 1, "ConvTranspose": 1}
 @dataclass
 class Lowering:
     """The state of one lowering: the model, the target, how many rows each site multiplies, which form is how fast;
-    then the form chosen for each site, the quantised activations and the constants made so far."""
+    then the form chosen for each site with its speed, the quantised activations and the constants made so far."""
 
     model: ir.Model
     target: str
     rows: Mapping[str, int] = field(default_factory=dict)
     speeds: Speeds = field(default_factory=Speeds)
-    chosen: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, tuple[str, float]] = field(default_factory=dict)
     quantised: dict[tuple[ir.Value | str | None, ...], tuple[ir.Value, ...]] = field(default_factory=dict)
     made: dict[str, ir.Value] = field(default_factory=dict)
 
@@ -131,7 +131,9 @@ class Lowering:
         code, granularity = (_text(quantiser, key) for key in ("code", "granularity")) if quantiser else ("", "")
         shared = quantiser is not None and (len(quantiser.outputs[0].uses()) > 1 or _key(quantiser) in self.quantised)
         linear = Linear(node, x, stored, bias, site, quantiser, code, granularity, shared)
-        self.chosen[site] = name = self.speeds.fastest(self.fitting(linear), self.rows.get(site, 1))
+        rows = self.rows.get(site, 1)
+        name = self.speeds.fastest(self.fitting(linear), rows)
+        self.chosen[site] = name, self.speeds.of(name, rows)
         self.replace(node, FORMS[name].emit(self, linear))
 
     def fitting(self, linear: Linear) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import onnxruntime
 
 from ...compiler.errors import OptionError
+from ...compiler.files import whole_file
 
 ROWS = (1, 16, 128)
 #: of equally exact forms, one that takes less memory is preferred to one that is faster by less than this
@@ -56,17 +57,10 @@ class Speeds:
     def save(self) -> Path:
         """Keep the table for later compilations on this machine, whole or not at all. Raises OptionError."""
         file = cache_file()
-        part = file.with_suffix(f".{os.getpid()}.part")
-        try:
+        fix = "set PARETOC_CACHE to a writable directory"
+        with whole_file(file, where="keeping the measured speeds", fix=fix, error=OptionError) as part:
             file.parent.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(asdict(self), indent=1))
-            part.replace(file)
-        except OSError as error:
-            raise OptionError(
-                f"cannot write {str(file)!r}: {error.strerror}",
-                where="keeping the measured speeds",
-                fix="set PARETOC_CACHE to a writable directory",
-            ) from error
         return file
 
 
