@@ -1,15 +1,18 @@
 """Triton kernels on the GPU of this machine: right against float64, and how fast against PyTorch's own.
 
     python benchmarks/triton_gpu.py [--runs 50] [--only W4A16] [--shapes 4096x4096,28672x8192]
+    TRITON_INTERPRET=1 python benchmarks/triton_gpu.py --models [--only W4A16]
 
 Times are medians of CUDA events around CUDA graphs, in µs, with weights that rotate past the L2 cache. Bandwidth and
 peak are measured on the same card first: a copy, and a large bfloat16 product. `error` is the largest
 |y − y64| / (|x|·|W|ᵀ), where y64 is the float64 product of the decoded weights and rounded activations.
+`--models` needs no GPU: it runs the whole of all-MiniLM-L6-v2 on one sentence, on its kernels and on the reference.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -33,9 +36,23 @@ SCHEMES = {
     "NF4": ("NF4(64, scale='float16')", ""),
     "2 × 8 bit": ("Additive(2, 8, 8)", ""),
     "2:4 W4A16": ("NM(2, 4, values=Affine(4, 128, scale='float16'))", ""),
+    "4:8 W4A16": ("NM(4, 8, values=Affine(4, 128, scale='float16'))", ""),
     "W8A8": ("Affine(8)", "int8"),
     "W4A8": ("Affine(4, 128)", "int8"),
     "FP8": ("Float('e4m3')", "e4m3"),
+}
+
+
+#: scheme → passes for whole models
+MODELS = {
+    "W4A16": ["quantize:W4A16"],
+    "W8A8": ["quantize:W8A8"],
+    "W8A8 token": ["quantize:W8A8-dynamic,granularity=token"],
+    "W4A8": ["quantize:W4A8"],
+    "FP8": ["quantize:FP8"],
+    "2:4 W4A16": ["prune_nm:2:4", "quantize:W4A16,fitter=rtn"],
+    "NF4": ["quantize:W4A16,weights=NF4(64),fitter=rtn"],
+    "2 × 8 bit": ["quantize:W4A16,weights=Additive(2),fitter=rtn"],
 }
 
 
@@ -92,7 +109,7 @@ class Layer:
     K: int
 
     def __post_init__(self) -> None:
-        from paretoc.backends.triton.kernels.weights import array_names
+        from paretoc.backends.triton.kernels.weights import fixed_arrays
 
         text, self.code = SCHEMES[self.scheme]
         encoding = pc.parse_encoding(text)
@@ -102,9 +119,7 @@ class Layer:
         shapes = [shape for shape, _ in encoding.layout((self.N, self.K)).values()]
         pairs = zip(arrays.values(), shapes, strict=True)
         self.arrays = [a.repeat(shape[0] // a.shape[0], *[1] * (a.ndim - 1)).cuda() for a, shape in pairs]
-        if len(array_names(encoding, (self.N, self.K))) > len(self.arrays):
-            table = encoding.stored_table(arrays)  # type: ignore[attr-defined]  # look-up encodings have it
-            self.arrays.append(table.cuda())
+        self.arrays += [fixed.cuda() for fixed in fixed_arrays(encoding, arrays).values()]
         self.size = sum(a.nbytes for a in self.arrays)
 
     def quantised(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +138,7 @@ class Layer:
         y, rounded = self.kernel(x)(self.arrays), x.double()
         if self.code:
             codes, scale = self.quantised(x)
-            rounded = codes.double() * scale.double().unsqueeze(1)
+            rounded = codes.double() * scale.double()
         weight = self.decoded.double()
         return float(((y.double() - rounded @ weight.T).abs() / (rounded.abs() @ weight.abs().T)).max())
 
@@ -139,10 +154,9 @@ class Layer:
             return "torch._int_mm", lambda w: torch._int_mm(codes, w), weights
         if self.code == "e4m3" and torch.cuda.get_device_capability() >= (8, 9):
             weights = rotating(lambda: self.decoded.to(torch.float8_e4m3fn), self.N * self.K, cache)
-            rows = scale.unsqueeze(1)
             return (
                 "torch._scaled_mm",
-                lambda w: torch._scaled_mm(codes, w.T, rows, wide, out_dtype=torch.bfloat16),
+                lambda w: torch._scaled_mm(codes, w.T, scale, wide, out_dtype=torch.bfloat16),
                 weights,
             )
         return None
@@ -165,16 +179,39 @@ def row(layer: Layer, M: int, card: Card, runs: int) -> str:
     )
 
 
+def compare_models(only: list[str] | None) -> None:
+    """Whole models: the largest |y − reference| / max|reference|, and the kernels with the number of their sites."""
+    from _models import minilm
+
+    model, tokenizer = minilm()
+    inputs = dict(tokenizer("The kernels and the reference agree.", return_tensors="pt"))
+    print(f"all-MiniLM-L6-v2, 1 × {inputs['input_ids'].shape[1]} tokens, PyTorch {torch.__version__}")
+    for name, steps in MODELS.items():
+        if only and name not in only:
+            continue
+        options = {"example_inputs": inputs, "calibration": [inputs], "verify": False}
+        compiled = pc.compile(model, steps, target="triton", **options)
+        y, reference = compiled(**inputs)[0], compiled.program(**inputs)[0]
+        kernels = Counter(row.kernel for row in compiled.explain().rows if row.encoding != "dense")
+        error = float((y - reference).abs().max() / reference.abs().max())
+        print(f"{name:10s} {error:8.1e}   {dict(kernels)}", flush=True)
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = sorted({*SCHEMES, *MODELS})
     parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--only", choices=SCHEMES, action="append", help="a scheme; may be given again")
+    parser.add_argument("--only", choices=names, action="append", help="a scheme; may be given again")
+    parser.add_argument("--models", action="store_true", help="whole models, right but not timed")
     parser.add_argument("--shapes", default=SHAPES, help="N x K of the weights")
     return parser.parse_args()
 
 
 def main() -> None:
     options = arguments()
+    if options.models:
+        compare_models(options.only)
+        return
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU: nothing to measure")
     import triton
@@ -187,7 +224,7 @@ def main() -> None:
     print("scheme          N × K         M        µs   bound  speed-up        error   against")
     for shape in options.shapes.split(","):
         N, K = map(int, shape.split("x"))
-        for scheme in options.only or SCHEMES:
+        for scheme in SCHEMES if options.only is None else [s for s in options.only if s in SCHEMES]:
             layer = Layer(scheme, N, K)
             for M in TOKENS:
                 print(row(layer, M, card, options.runs), flush=True)

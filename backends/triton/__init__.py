@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ class Triton:
     """Kernels for encoded weights, quantised activations and token merging; everything else stays ATen.
 
     Without a GPU the kernels run under Triton's interpreter, for tests, when TRITON_INTERPRET=1 is set before Python
-    starts. An artifact holds ONNX: loaded again, it runs on ONNX Runtime, and `explain()` says so.
+    starts. An artifact holds ONNX: loaded again, it runs on ONNX Runtime, and `explain()` says so; the tilings that
+    were measured on a GPU serve the next compilation on one of its name in the same process.
     """
 
     name = "triton"
@@ -34,7 +36,12 @@ class Triton:
         return TritonExecutable.from_program(program)
 
     def load(self, directory: Path, settings: Mapping[str, Any]) -> Executable:
-        return Onnx().load(directory, settings)
+        rest = dict(settings)
+        if (tilings := rest.pop("tilings", None)) is not None and find_spec("triton") is not None:
+            from .executable import read_tilings
+
+            read_tilings(tilings)
+        return Onnx().load(directory, rest)
 
 
 __all__ = ["Triton"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -12,12 +14,16 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ...compiler.backend import Row
-from ...compiler.errors import LoweringError
+from ...compiler.errors import ArtifactError, LoweringError
 from ...compiler.program import Program, module_path
 from ...compiler.sites import weight_sites
 from ..eager import EagerExecutable
 from .kernels.launch import INTERPRETED
-from .lower import Choice, lower, lower_tokens
+from .kernels.plan import REFERENCE, TUNINGS
+from .lower import Capability, Choice, lower, lower_tokens
+
+#: the first compute capability that Triton compiles for
+_LEAST = (8, 0)
 
 
 @dataclass
@@ -32,9 +38,8 @@ class TritonExecutable(EagerExecutable):
     @classmethod
     def from_program(cls, program: Program) -> TritonExecutable:
         device = _device()
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         lowered = program.clone()
-        choices = lower(lowered, capability) | lower_tokens(lowered)
+        choices = lower(lowered, _capability(device)) | lower_tokens(lowered)
         place(lowered, device)
         return cls(program, lowered, choices, device)
 
@@ -42,6 +47,11 @@ class TritonExecutable(EagerExecutable):
         """Inputs from any device; outputs where the first input was."""
         outputs = self.lowered.run([t.to(self.device, non_blocking=True) for t in inputs])
         return [o.to(inputs[0].device) for o in outputs] if inputs else outputs
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Like the reference's; the manifest remembers the tilings that were measured on this GPU."""
+        tilings = {"tilings": {device_name(): TUNINGS.dump()}} if TUNINGS.best else {}
+        return super().save(directory) | tilings
 
     def explain(self) -> list[Row]:
         """Like the reference's rows, with one more for each token operator."""
@@ -54,11 +64,18 @@ class TritonExecutable(EagerExecutable):
         return rows
 
     def _row(self, reference: Row, choice: Choice | None) -> Row:
-        if choice is None or not choice.triton:
-            return replace(reference, note=choice.note if choice else "PyTorch")
-        fast = self.device.type == "cuda"
-        note = choice.note if fast else "; ".join(filter(None, [choice.note, "interpreted, for tests"]))
-        return replace(reference, kernel=choice.kernel, accelerated=fast, note=note)
+        if choice is None:
+            return replace(reference, note="PyTorch")
+        kernel, notes = choice.kernel, [choice.note]
+        if choice.plan is not None:
+            tiling = TUNINGS.pick(choice.plan)
+            kernel = "" if tiling == REFERENCE else str(tiling)
+            notes.append(TUNINGS.note(choice.plan))
+        fast = self.device.type == "cuda" and kernel != ""
+        if kernel and not fast:
+            notes.append("interpreted, for tests")
+        note = "; ".join(filter(None, notes))
+        return replace(reference, kernel=kernel or reference.kernel, accelerated=fast, note=note)
 
 
 def _device() -> torch.device:
@@ -77,6 +94,34 @@ def _device() -> torch.device:
             fix="run on a machine with an NVIDIA GPU and PyTorch for CUDA, or set TRITON_INTERPRET=1 (slow: for tests)",
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _capability(device: torch.device) -> Capability:
+    if device.type == "cpu":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST:
+        raise LoweringError(
+            f"the GPU has compute capability {capability[0]}.{capability[1]}, Triton needs {_LEAST[0]}.{_LEAST[1]}",
+            where=f"target='triton' on {device_name()}",
+            fix="use target='onnxruntime', or a GPU of the generation of the A100 or later",
+        )
+    return capability
+
+
+def device_name() -> str:
+    """The GPU, or "" where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def read_tilings(tables: Any) -> None:
+    """Take over what an artifact's manifest remembers of this GPU. Raises ArtifactError."""
+    try:
+        TUNINGS.merge(tables.get(device_name(), {}))
+    except (TypeError, AttributeError) as error:
+        raise ArtifactError(
+            "the tilings are not those of a triton artifact", where="manifest.json", fix="save the model again"
+        ) from error
 
 
 def place(program: Program, device: torch.device) -> None:

@@ -8,7 +8,6 @@ why. `Sum(A, LowRank)` is A with a thin product beside it. Token matching and me
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,15 +15,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...compiler.dialect.activations import FLOATS, INTEGERS, UNSIGNED
+from ...compiler.dialect.activations import FLOATS, INTEGERS, UNSIGNED, group_of
 from ...compiler.encodings import parse_encoding
-from ...compiler.encodings.codebook import LookUp
-from ...compiler.program import Program, argument, example_shape, operands, shape_of
+from ...compiler.program import Program, argument, example_shape, operands
 from ...compiler.sites import Site, weight_sites
 from ...compiler.sums import split_sums
 from .kernels import quantize, quantized, tokens, weight_only  # noqa: F401  # tokens: its operators
 from .kernels.launch import DTYPES
-from .kernels.weights import array_names, weight_format
+from .kernels.plan import Plan
+from .kernels.weights import fixed_arrays, weight_format
 
 aten = torch.ops.aten
 dialect = torch.ops.paretoc
@@ -43,21 +42,24 @@ Capability = tuple[int, int] | None
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs a linear: the kernel with its blocks for the example inputs, or "" for the reference; and why."""
+    """What runs a node: a kernel, or for a product its plan at the example inputs, else the reference; and why."""
 
     kernel: str = ""
-    triton: bool = False
+    plan: Plan | None = None
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantised activation in the graph: its codes, scales, and for a range of the tensor its zero point."""
+    """A quantised activation in the graph: its codes, scales, and for a range of the tensor its zero point. A scale
+    holds for `group` channels of a token, 0 for all."""
 
     codes: fx.Node
     scale: fx.Node
     zero: fx.Node | None
-    bits: int
+    bits: int = 8
+    code: str = "int8"
+    group: int = 0
 
 
 def lower(program: Program, capability: Capability) -> dict[str, Choice]:
@@ -68,6 +70,7 @@ def lower(program: Program, capability: Capability) -> dict[str, Choice]:
     quantisers = [n for n in program.calls(STATIC, DYNAMIC) if any(reasons.get(user) == "" for user in n.users)]
     found = {node: _codes(program, node, all(reasons.get(user) == "" for user in node.users)) for node in quantisers}
     choices = {s.node.name: _replace(program, s, found, reasons[s.node]) for s in sites}
+    choices |= {node.name: _round(program, node) for node in program.calls(STATIC, DYNAMIC) if node.users}
     program.refresh()
     return choices
 
@@ -77,24 +80,32 @@ def _refusal_in_8_bits(site: Site, capability: Capability) -> str:
     source = site.input
     if source.target not in (STATIC, DYNAMIC):
         return "not quantised"
-    if source.meta["val"].dtype not in DTYPES:
+    code, granularity = _rounding(source)
+    if reason := _refusal_to_round(source, code, granularity):
+        return reason
+    if code in FLOATS and capability is not None and capability < _FLOAT8:
+        return f"this GPU has no {code}"
+    chosen = quantized.quantized_format(str(operands(site.weight)[1]), code, group_of(granularity))
+    return chosen if isinstance(chosen, str) else ""
+
+
+def _rounding(node: fx.Node) -> tuple[str, str]:
+    """The code and the granularity of a quantiser."""
+    return ("int8", "tensor") if node.target is STATIC else (argument(node, 2, "code", "int8"), operands(node)[1])
+
+
+def _refusal_to_round(node: fx.Node, code: str, granularity: str) -> str:
+    """Why no kernel finds the codes; "" when one does."""
+    if node.meta["val"].dtype not in DTYPES:
         return "not in a type that kernels read"
-    static = source.target is STATIC
-    code = "int8" if static else argument(source, 2, "code", "int8")
-    granularity = "tensor" if static else operands(source)[1]
-    if granularity not in ("tensor", "token"):
-        return f"no kernel finds a scale for each {granularity}"
     if granularity == "tensor" and code in FLOATS:
         return f"no kernel finds one {code} scale for a tensor"
     if code in UNSIGNED:
         return f"no kernel for {code}, which is asymmetric"
-    if code in FLOATS and capability is not None and capability < _FLOAT8:
-        return f"this GPU has no {code}"
-    width = shape_of(source)[-1]
-    if granularity == "token" and width > quantize.MAX_WIDTH:
+    width, group = example_shape(node)[-1], group_of(granularity)
+    if granularity != "tensor" and width > quantize.MAX_WIDTH:
         return f"{width} columns are more than the quantiser holds"
-    chosen = quantized.quantized_format(str(operands(site.weight)[1]), code)
-    return chosen if isinstance(chosen, str) else ""
+    return f"groups of {group} are no power of two" if group & (group - 1) else ""
 
 
 def _codes(program: Program, node: fx.Node, alone: bool) -> Codes:
@@ -103,24 +114,49 @@ def _codes(program: Program, node: fx.Node, alone: bool) -> Codes:
     with graph.inserting_before(node):
         if node.target is STATIC:
             scale, zero = operands(node)[1:3]
-            return Codes(graph.call_function(kernels.quantize_range.default, (x, scale, zero, 8)), scale, zero, 8)
-        code = argument(node, 2, "code", "int8")
-        if operands(node)[1] == "token":
+            return Codes(graph.call_function(kernels.quantize_range.default, (x, scale, zero, 8)), scale, zero)
+        code, granularity = _rounding(node)
+        if granularity != "tensor":
             norm = _norm(x) if alone and len(x.users) == 1 else None
-            made = graph.call_function(kernels.quantize_tokens.default, norm(code) if norm else (x, code))
-            return Codes(_item(graph, made, 0), _item(graph, made, 1), None, 8)
+            x, *computed = norm or (x,)
+            group = group_of(granularity)
+            made = graph.call_function(kernels.quantize_tokens.default, (x, code, group, *computed))
+            return Codes(_item(graph, made, 0), _item(graph, made, 1), None, code=code, group=group)
         bits = INTEGERS[code]
-        found = graph.call_function(kernels.tensor_range.default, (x, bits))
-        scale, zero = _item(graph, found, 0), _item(graph, found, 1)
+        scale, zero = _range(graph, x, bits)
         return Codes(graph.call_function(kernels.quantize_range.default, (x, scale, zero, bits)), scale, zero, bits)
+
+
+def _round(program: Program, node: fx.Node) -> Choice:
+    """Round in a kernel what is not read as codes."""
+    graph, x = program.graph, operands(node)[0]
+    code, granularity = _rounding(node)
+    if reason := _refusal_to_round(node, code, granularity):
+        return Choice(note=reason)
+    with graph.inserting_before(node):
+        if granularity != "tensor":
+            new = graph.call_function(kernels.round_tokens.default, (x, code, group_of(granularity)))
+        else:
+            given = node.target is STATIC
+            scale, zero = operands(node)[1:3] if given else _range(graph, x, INTEGERS[code])
+            new = graph.call_function(kernels.round_range.default, (x, scale, zero, INTEGERS[code]))
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+    return Choice(str(new.target))
+
+
+def _range(graph: fx.Graph, x: fx.Node, bits: int) -> tuple[fx.Node, fx.Node]:
+    """The scale and the zero point of the whole tensor, found at run time."""
+    found = graph.call_function(kernels.tensor_range.default, (x, bits))
+    return _item(graph, found, 0), _item(graph, found, 1)
 
 
 def _item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
     return graph.call_function(operator.getitem, (node, index))
 
 
-def _norm(node: fx.Node) -> Callable[[str], tuple[Any, ...]] | None:
-    """A norm over the last axis → the arguments of the quantiser that computes it too."""
+def _norm(node: fx.Node) -> tuple[Any, ...] | None:
+    """A norm over the last axis → its input, and the further arguments of the quantiser that computes it too."""
     kind = _NORMS.get(node.target)
     if kind is None or len(operands(node)[1]) != 1:
         return None
@@ -129,26 +165,27 @@ def _norm(node: fx.Node) -> Callable[[str], tuple[Any, ...]] | None:
     eps = argument(node, 4, "eps", 1e-5) if kind == "layer" else argument(node, 3, "eps")
     if eps is None:
         eps = torch.finfo(x.meta["val"].dtype).eps
-    return lambda code: (x, code, kind, weight, bias, eps)
+    return x, kind, weight, bias, eps
 
 
 def _replace(program: Program, site: Site, found: dict[fx.Node, Codes], reason: str) -> Choice:
     """Put a kernel in the place of one linear."""
     text, (N, K) = str(program.encoding(site.weight)), site.shape
-    M, dtype = prod(example_shape(site.input)[:-1]), site.node.meta["val"].dtype
+    M, dtype = prod(example_shape(site.input)[:-1]) // program.repeats, site.node.meta["val"].dtype
     fmt = weight_format(text)
     if isinstance(fmt, str) or dtype not in DTYPES:
         return Choice(note=fmt if isinstance(fmt, str) else f"no Triton kernel multiplies {dtype}")
-    weight: tuple[Any, ...] = (_arrays(program, site.weight, text, (N, K)), text, N, site.bias)
+    weight: tuple[Any, ...] = (_arrays(program, site.weight, text), text, N, site.bias)
     if reason == "":
         codes = found[site.input]
         call = kernels.quantized_linear.default
         arguments = (codes.codes, codes.scale, codes.zero, codes.bits, *weight, dtype)
-        choice = Choice(str(quantized.tiling(M, N, K, fmt)), True)
+        x_dtype, x_group = FLOATS.get(codes.code, torch.int8), codes.group if codes.group < K else 0
+        choice = Choice(plan=quantized.product_plan(M, N, K, text, x_dtype, x_group, dtype))
     else:
         call, arguments = kernels.weight_only_linear.default, (site.input, *weight)
-        note = f"activations rounded by PyTorch: {reason}" if site.input.target in (STATIC, DYNAMIC) else ""
-        choice = Choice(str(weight_only.tiling(M, N, K, fmt)), True, note)
+        note = f"activations rounded before: {reason}" if site.input.target in (STATIC, DYNAMIC) else ""
+        choice = Choice(plan=weight_only.product_plan(M, N, K, text, dtype), note=note)
     with program.graph.inserting_before(site.node):
         fast = program.graph.call_function(call, arguments)
     fast.meta.update(site.node.meta)
@@ -157,14 +194,12 @@ def _replace(program: Program, site: Site, found: dict[fx.Node, Codes], reason: 
     return choice
 
 
-def _arrays(program: Program, decode: fx.Node, text: str, shape: tuple[int, int]) -> list[fx.Node]:
-    """The stored arrays of a weight, and the table of an encoding that fixes it, stored once for each weight."""
-    arrays, encoding = list(operands(decode)[0]), parse_encoding(text)
-    if len(array_names(encoding, shape)) > len(arrays):
-        assert isinstance(encoding, LookUp)
-        table = encoding.stored_table(program.stored_arrays(decode))
-        arrays.append(program.attribute(f"{decode.meta['parameter']}.table", table, before=decode))
-    return arrays
+def _arrays(program: Program, decode: fx.Node, text: str) -> list[fx.Node]:
+    """The stored arrays of a weight, and what its encoding fixes, stored once for each weight."""
+    fixed = fixed_arrays(parse_encoding(text), program.stored_arrays(decode))
+    name = decode.meta["parameter"]
+    attributes = [program.attribute(f"{name}.{part}", value, before=decode) for part, value in fixed.items()]
+    return [*operands(decode)[0], *attributes]
 
 
 def lower_tokens(program: Program) -> dict[str, Choice]:
@@ -174,7 +209,7 @@ def lower_tokens(program: Program) -> dict[str, Choice]:
         dtype = operands(node)[0].meta["val"].dtype
         if dtype in DTYPES:
             node.target = _TOKENS[node.target]
-            choices[node.name] = Choice(str(node.target), True)
+            choices[node.name] = Choice(str(node.target))
         else:
             choices[node.name] = Choice(note=f"no Triton kernel reads {dtype}")
     program.module.recompile()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ class Tiling:
         return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def __str__(self) -> str:
+        if not self.block_m:
+            return self.kernel
         split = f", split-K {self.split}" if self.split > 1 else ""
         return f"{self.kernel} {self.block_m} × {self.block_n} × {self.block_k}, {self.num_warps} warps{split}"
 
@@ -48,6 +51,14 @@ def cdiv(a: int, b: int) -> int:
 def split_k(programs: int, steps: int) -> int:
     """How many programs share the `steps` of one sum, when the outputs alone give so many programs."""
     return max(1, min(cdiv(PROGRAMS, programs), steps))
+
+
+def tiling(
+    kernel: str, M: int, N: int, K: int, block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int
+) -> Tiling:
+    """Blocks for a product; few outputs share their sums, where tokens are few too."""
+    split = split_k(cdiv(N, block_n), cdiv(K, block_k)) if M <= 64 else 1
+    return Tiling(kernel, block_m, block_n, block_k, split, num_warps, num_stages)
 
 
 def sum_parts(parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -68,8 +79,15 @@ def check_dtype(x: torch.Tensor) -> None:
         )
 
 
+def kernel_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Declare an operator of PyTorch that launches kernels, which `torch.compile` sees; interpreted, they run on no
+    traced tensors, so that the operator is opaque."""
+    declare = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+    return declare(f"paretoc_triton::{name}", mutates_args=())
+
+
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Run a kernel. Traced by `torch.compile`, it stays visible to inductor and to CUDA graphs."""
+    """Run a kernel."""
     if not INTERPRETED:
         kernel = torch.library.wrap_triton(kernel)
     kernel[grid](**arguments)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....compiler.dialect.tokens import check_match, select_pairs
-from .launch import INTERPRETED, cdiv, check_dtype, launch
+from .launch import INTERPRETED, cdiv, check_dtype, kernel_op, launch
 
 _BLOCK = 64
 #: the smallest norm that is divided by, as in `torch.nn.functional.normalize`
@@ -99,11 +99,11 @@ def merge_kernel(
     tl.store(out_size + place, total.to(out_size.dtype.element_ty))
 
 
-@torch.library.triton_op("paretoc_triton::bipartite_match", mutates_args=())
+@kernel_op("bipartite_match")
 def bipartite_match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
     """Like `paretoc::bipartite_match`."""
     check_dtype(metric)
-    batch, T, D = metric.shape
+    batch, T, D = *metric.shape[:2], int(metric.shape[2])
     check_match(T, r, protected)
     in_a, in_b = (protected + 1) // 2, protected // 2
     A, B = (T + 1) // 2 - in_a, T // 2 - in_b
@@ -138,13 +138,13 @@ def _(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
     return result
 
 
-@torch.library.triton_op("paretoc_triton::merge_tokens", mutates_args=())
+@kernel_op("merge_tokens")
 def merge_tokens(
     x: Tensor, size: Tensor, unmerged: Tensor, source: Tensor, destination: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Like `paretoc::merge_tokens`."""
     check_dtype(x)
-    batch, T, C = x.shape
+    batch, T, C = *x.shape[:2], int(x.shape[2])
     kept, r = unmerged.shape[1], source.shape[1]
     out, out_size = x.new_empty(batch, T - r, C), size.new_empty(batch, T - r, 1)
     block = triton.next_power_of_2(C)

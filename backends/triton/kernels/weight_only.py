@@ -1,4 +1,4 @@
-"""y = x·Ŵᵀ + b, the weights decoded on the way: W8A16, W4A16, W2A16, MXFP4, NVFP4, FP8, NF4, 2:4, codebooks.
+"""y = x·Ŵᵀ + b, the weights decoded on the way: W8A16, W4A16, W2A16, MXFP4, NVFP4, FP8, NF4, n:m, codebooks.
 
 x `[…, K]` float16, bfloat16 or float32, any strides; W `[N, K]` as described in `weights`; b `[N]` or none; y as x.
 Sums are float32, as in the reference `linear(x, decode(…), b)`. One token is a matrix-vector product: bound by the
@@ -10,23 +10,26 @@ its register operand; Ŵ is rounded to the type of x first, as the reference doe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import linear
 
-from .launch import INTERPRETED, Tiling, cdiv, check_dtype, launch, split_k, sum_parts
-from .weights import Format, scale_tile, table_tile, weight_arguments, weight_format, weight_tile
+from .launch import INTERPRETED, Tiling, cdiv, check_dtype, kernel_op, launch, sum_parts, tiling
+from .plan import REFERENCE, TUNINGS, Plan, plan, tokens_class
+from .weights import Format, decoded, scale_tile, table_tile, weight_arguments, weight_format, weight_tile
 
 
 @triton.jit
 def gemv_kernel(
-    x, bias, out, codes, scale, second, zero, table, indices,
+    x, bias, out, codes, scale, second, zero, table, indices, patterns,
     N, K, groups, stride_k, stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
     ELEMENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
-    OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr, SPARSE: tl.constexpr,
-    BOOKS: tl.constexpr, DIM: tl.constexpr,
+    OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr,
+    KEPT: tl.constexpr, OF: tl.constexpr, RANK_BITS: tl.constexpr, BOOKS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """x `[K]` → out `[N]`, or with SPLIT > 1 the partial sums `[SPLIT, N]`, float32, without bias."""
@@ -37,9 +40,10 @@ def gemv_kernel(
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in range(part * BLOCK_K, K, SPLIT * BLOCK_K):
         weights = weight_tile(
-            codes, scale, second, zero, table, indices, rows, start, N, K, groups,
+            codes, scale, second, zero, table, indices, patterns, rows, start, N, K, groups,
             stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
-            ELEMENT, BITS, GROUP, SCALE, ZERO, OFFSET, MANTISSA, BIAS, PER_ROW, SPARSE, BOOKS, DIM, BLOCK_K,
+            ELEMENT, BITS, GROUP, SCALE, ZERO, OFFSET, MANTISSA, BIAS, PER_ROW, KEPT, OF, RANK_BITS, BOOKS, DIM,
+            BLOCK_K,
         )  # fmt: skip
         columns = start + tl.arange(0, BLOCK_K)
         values = tl.load(x + columns * stride_k, mask=columns < K, other=0.0)
@@ -54,11 +58,11 @@ def gemv_kernel(
 
 @triton.jit
 def matmul_kernel(
-    x, bias, out, codes, scale, second, zero, table, indices,
+    x, bias, out, codes, scale, second, zero, table, indices, patterns,
     M, N, K, groups, stride_m, stride_k, stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
     ELEMENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
-    OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr, SPARSE: tl.constexpr,
-    BOOKS: tl.constexpr, DIM: tl.constexpr,
+    OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr,
+    KEPT: tl.constexpr, OF: tl.constexpr, RANK_BITS: tl.constexpr, BOOKS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """x `[M, K]` → out `[M, N]`, or with SPLIT > 1 the partial sums `[SPLIT, M, N]`, float32, without bias."""
@@ -71,9 +75,10 @@ def matmul_kernel(
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(part * BLOCK_K, K, SPLIT * BLOCK_K):
         weights = weight_tile(
-            codes, scale, second, zero, table, indices, rows, start, N, K, groups,
+            codes, scale, second, zero, table, indices, patterns, rows, start, N, K, groups,
             stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
-            ELEMENT, BITS, GROUP, SCALE, ZERO, OFFSET, MANTISSA, BIAS, PER_ROW, SPARSE, BOOKS, DIM, BLOCK_K,
+            ELEMENT, BITS, GROUP, SCALE, ZERO, OFFSET, MANTISSA, BIAS, PER_ROW, KEPT, OF, RANK_BITS, BOOKS, DIM,
+            BLOCK_K,
         )  # fmt: skip
         columns = start + tl.arange(0, BLOCK_K)
         inside = (columns < K)[:, None] & (tokens < M)[None, :]
@@ -90,50 +95,64 @@ def matmul_kernel(
     tl.store(target, sums.to(out.dtype.element_ty), mask=(rows < N)[:, None] & (tokens < M)[None, :])
 
 
-def tiling(M: int, N: int, K: int, fmt: Format) -> Tiling:
-    """The kernel and its blocks for a class of shapes."""
+def product_plan(M: int, N: int, K: int, encoding: str, dtype: torch.dtype) -> Plan:
+    """What may run a product."""
+    return _plan(tokens_class(M), N, K, encoding, dtype)
+
+
+@cache
+def _plan(M: int, N: int, K: int, encoding: str, dtype: torch.dtype) -> Plan:
+    fmt = weight_format(encoding)
+    assert isinstance(fmt, Format)
+    return plan("weight_only_linear", M, N, K, (encoding, dtype), tilings(M, N, K, fmt))
+
+
+def tilings(M: int, N: int, K: int, fmt: Format) -> list[Tiling]:
+    """The kernels and their blocks for a class of shapes, M the largest of it."""
     if M == 1:
         # 256 bytes of each row, 16 a thread; codes for several weights are so few that the sums bound the block
-        block_n, block_k = 8, (1 + fmt.sparse) * min(fmt.dim, 4) * 2048 // fmt.bits
-        return Tiling("gemv", 1, block_n, block_k, split_k(cdiv(N, block_n), cdiv(K, block_k)))
-    if M <= 16:
-        return Tiling("skinny matmul", 16, 32, 128, split_k(cdiv(N, 32), cdiv(K, 128)))
-    if M <= 64:
-        return Tiling("matmul", 64, 64, 64, split_k(cdiv(N, 64), cdiv(K, 64)))
-    return Tiling("matmul", 128, 128, 64, num_warps=8)
+        block_k = fmt.of // fmt.kept * min(fmt.dim, 4) * 2048 // fmt.bits
+        blocks = [(1, 8, block_k, 4, 3), (1, 4, block_k, 4, 3), (1, 8, block_k // 2, 4, 3), (1, 4, block_k // 2, 2, 2)]
+    elif M <= 16:
+        blocks = [(16, 32, 128, 4, 3), (16, 64, 128, 4, 4), (16, 16, 256, 4, 3), (16, 32, 64, 4, 2)]
+    elif M <= 64:
+        blocks = [(64, 64, 64, 4, 3), (64, 128, 64, 8, 3), (32, 64, 64, 4, 2)]
+    else:
+        blocks = [(128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 64, 64, 4, 3), (64, 64, 32, 4, 2)]
+    kernel = "gemv" if M == 1 else "skinny matmul" if M <= 16 else "matmul"
+    least = 8 * fmt.of if fmt.sparse else 1  # eight ranks fill whole bytes
+    return [tiling(kernel, M, N, K, m, n, max(k, least), *launch) for m, n, k, *launch in blocks]
 
 
-@torch.library.triton_op("paretoc_triton::weight_only_linear", mutates_args=())
+@kernel_op("weight_only_linear")
 def weight_only_linear(
     x: Tensor, arrays: Sequence[Tensor], encoding: str, out_features: int, bias: Tensor | None
 ) -> Tensor:
     """x `[…, K]` → `[…, N]`; `arrays` and `encoding` are those of `paretoc::decode`."""
     check_dtype(x)
-    tokens, K = x.reshape(-1, x.shape[-1]), x.shape[-1]
+    K = int(x.shape[-1])  # with the blocks, no size that `torch.compile` may leave open
+    tokens = x.reshape(-1, K)
     M, N = tokens.shape[0], out_features
-    fmt = weight_format(encoding)
-    assert isinstance(fmt, Format)
-    tile = tiling(M, N, K, fmt)
-    out = x.new_empty((tile.split, M, N), dtype=torch.float32 if tile.split > 1 else x.dtype)
-    arguments = {
-        "x": tokens,
-        "bias": bias,
-        "out": out,
-        "N": N,
-        "K": K,
-        "stride_k": tokens.stride(1),
-        **weight_arguments(arrays, encoding, (N, K)),
-        **tile.constants,
-    }
-    if M == 1:
-        del arguments["BLOCK_M"]
-        launch(gemv_kernel, (cdiv(N, tile.block_n), tile.split), **arguments)
-    else:
-        grid = (cdiv(N, tile.block_n), cdiv(M, tile.block_m), tile.split)
-        # the interpreter would multiply the bit patterns of bfloat16
-        widen = INTERPRETED and x.dtype == torch.bfloat16
-        launch(matmul_kernel, grid, **arguments, M=M, stride_m=tokens.stride(0), WIDEN=widen)
-    return sum_parts(out, bias, x.dtype).reshape(*x.shape[:-1], N)
+    weight = weight_arguments(arrays, encoding, (N, K))
+
+    def run(tile: Tiling) -> Tensor:
+        if tile == REFERENCE:
+            return linear(tokens, decoded(arrays, encoding, (N, K), x.dtype), bias)
+        out = x.new_empty((tile.split, M, N), dtype=torch.float32 if tile.split > 1 else x.dtype)
+        arguments = {"x": tokens, "bias": bias, "out": out, "N": N, "K": K, "stride_k": tokens.stride(1)}
+        arguments |= weight | tile.constants
+        if M == 1:
+            del arguments["BLOCK_M"]
+            launch(gemv_kernel, (cdiv(N, tile.block_n), tile.split), **arguments)
+        else:
+            grid = (cdiv(N, tile.block_n), cdiv(M, tile.block_m), tile.split)
+            # the interpreter would multiply the bit patterns of bfloat16
+            widen = INTERPRETED and x.dtype == torch.bfloat16
+            launch(matmul_kernel, grid, **arguments, M=M, stride_m=tokens.stride(0), WIDEN=widen)
+        return sum_parts(out, bias, x.dtype)
+
+    y = TUNINGS.run(product_plan(M, N, K, encoding, x.dtype), x, run)
+    return y.reshape(*x.shape[:-1], N)
 
 
 @weight_only_linear.register_fake

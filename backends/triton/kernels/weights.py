@@ -2,9 +2,9 @@
 
 What the matmul kernels share. A weight W `[N, K]` lies in memory as its encoding stores it: `codes` uint8
 `[N, ⌈K·bits/8⌉]`, low bits first; a scale for each row or for each `group` of K; for some, a zero point with each
-scale. Of a 2:4 sparse weight all this describes the kept half, `[N, K/2]`, and `indices` uint8 `[N, ⌈K/4·3/8⌉]` holds
-3 bits for each four: the rank of the kept pair among (0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3). Nothing is
-repacked when a program is lowered: a kernel reads the bytes that the artifact holds.
+scale. Of an n:m sparse weight all this describes what is kept, `[N, K·n/m]`, and `indices` uint8 `[N, ⌈K/m·b/8⌉]` holds
+b bits for each m: the rank of the kept places, for 2:4 among (0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3). Nothing
+is repacked when a program is lowered: a kernel reads the bytes that the artifact holds.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ....compiler.dialect.weights import reference_decode
 from ....compiler.encodings import NF4, NM, Additive, Affine, Codebook, Dense, Encoding, Float, parse_encoding
 from ....compiler.encodings.codebook import LookUp
 
@@ -36,8 +38,9 @@ class Format:
     `element` is "integer", "float", "table", "additive" or "dense" (numbers as they are). `offset` is what a symmetric
     integer was stored with; `mantissa` and `bias` are those of a float. `group` is the number of weights along K under
     one scale, 0 for a whole row; `scale` "number", "e8m0", "shift", "e4m3" (times one number for the tensor) or "none";
-    `zero` "none", "integer" (packed like the codes) or "float"; `per_row` says that each row has a table, `sparse` that
-    the weight is 2:4. An additive code chooses `dim` weights at once from each of `books` tables.
+    `zero` "none", "integer" (packed like the codes) or "float"; `per_row` says that each row has a table. Of each `of`
+    weights `kept` are stored, their places in `rank_bits`. An additive code chooses `dim` weights at once from each of
+    `books` tables.
     """
 
     element: str
@@ -49,9 +52,15 @@ class Format:
     mantissa: int = 0
     bias: int = 0
     per_row: bool = False
-    sparse: bool = False
+    kept: int = 1
+    of: int = 1
+    rank_bits: int = 0
     books: int = 1
     dim: int = 1
+
+    @property
+    def sparse(self) -> bool:
+        return self.kept < self.of
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -63,10 +72,11 @@ def weight_format(text: str) -> Format | str:
     """The format of an encoding given by its text, or a sentence why no kernel reads it."""
     encoding = parse_encoding(text)
     if isinstance(encoding, NM):
-        if (encoding.n, encoding.m) != (2, 4) or isinstance(encoding.values, (NF4, Additive)):
-            return f"no Triton kernel reads {encoding.n}:{encoding.m} of {type(encoding.values).__name__}"
+        n, m, bits = encoding.n, encoding.m, encoding.index_bits
+        if n & (n - 1) or m & (m - 1) or bits > 8 or isinstance(encoding.values, (NF4, Additive)):
+            return f"no Triton kernel reads {n}:{m} of {type(encoding.values).__name__}"
         inner = weight_format(str(encoding.values))
-        return inner if isinstance(inner, str) else replace(inner, sparse=True)
+        return inner if isinstance(inner, str) else replace(inner, kept=n, of=m, rank_bits=bits)
     if isinstance(encoding, Dense):
         return Format("dense", 8, scale="none")
     if isinstance(encoding, Additive):
@@ -97,13 +107,24 @@ def _additive(encoding: Additive) -> Format | str:
     return Format("additive", 8, books=encoding.codebooks, dim=encoding.dim)
 
 
-def array_names(encoding: Encoding, shape: tuple[int, int]) -> tuple[str, ...]:
-    """The arrays that an operator takes for a weight: those stored, and the table where the encoding fixes it."""
-    names = tuple(encoding.layout(shape))
-    return names if "table" in names or not isinstance(encoding, LookUp) else (*names, "table")
+def fixed_arrays(encoding: Encoding, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What an operator takes beside the stored arrays of a weight: the table, or the patterns, that its encoding fixes.
+
+    `patterns` int32 `[C(m, n)]`: a bit for each kept place. One place needs none, and those of 2:4 are in the kernel.
+    """
+    if isinstance(encoding, LookUp) and "table" not in stored:
+        return {"table": encoding.stored_table(stored)}
+    if isinstance(encoding, NM) and encoding.n > 1 and (encoding.n, encoding.m) != (2, 4):
+        return {"patterns": (1 << encoding.patterns()).sum(1, dtype=torch.int32)}
+    return {}
 
 
-_named = cache(lambda text, shape: array_names(parse_encoding(text), shape))
+@cache
+def _names(text: str, shape: tuple[int, int]) -> tuple[str, ...]:
+    """The names of an operator's arrays."""
+    encoding = parse_encoding(text)
+    stored = {name: torch.empty(0) for name in encoding.layout(shape)}
+    return (*stored, *fixed_arrays(encoding, stored))
 
 
 def weight_arguments(arrays: Sequence[Tensor], text: str, shape: tuple[int, int]) -> dict[str, Any]:
@@ -113,11 +134,11 @@ def weight_arguments(arrays: Sequence[Tensor], text: str, shape: tuple[int, int]
     """
     fmt = weight_format(text)
     assert isinstance(fmt, Format)
-    named = {name.removeprefix("values."): a for name, a in zip(_named(text, shape), arrays, strict=True)}
+    named = {name.removeprefix("values."): a for name, a in zip(_names(text, shape), arrays, strict=True)}
     codes, indices = named.get("codes", named.get("values")), named.get("indices")
     scale, zero, table = named.get("scale"), named.get("zero"), named.get("table", named.get("codebooks"))
     assert codes is not None
-    width = shape[1] // 2 if fmt.sparse else shape[1]
+    width = shape[1] // fmt.of * fmt.kept
     return {
         "codes": codes,
         "indices": indices,
@@ -125,6 +146,7 @@ def weight_arguments(arrays: Sequence[Tensor], text: str, shape: tuple[int, int]
         "second": named.get("shift", named.get("outer")),
         "zero": zero,
         "table": table,
+        "patterns": named.get("patterns"),
         "stride_codes": codes.stride(0),
         "stride_indices": _row_stride(indices),
         "stride_scale": _row_stride(scale),
@@ -133,6 +155,12 @@ def weight_arguments(arrays: Sequence[Tensor], text: str, shape: tuple[int, int]
         "groups": width // fmt.group if fmt.group else 1,
         **fmt.constants,
     }
+
+
+def decoded(arrays: Sequence[Tensor], text: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weight `[N, K]` that the arrays stand for, as the reference has it."""
+    stored = len(parse_encoding(text).layout(shape))
+    return reference_decode(arrays[:stored], text, shape, dtype)
 
 
 def _row_stride(array: Tensor | None) -> int:
@@ -289,21 +317,21 @@ def stored_tile(
 
 
 @triton.jit
-def rank_tile(indices, rows, start, N, stride_indices, row_bytes, COUNT: tl.constexpr):
-    """Ranks `[BLOCK_N, COUNT]` of the kept pairs, int32, from the `start`-th four of a row on: eight in three bytes."""
+def rank_tile(indices, rows, start, N, stride_indices, row_bytes, BITS: tl.constexpr, COUNT: tl.constexpr):
+    """Ranks `[BLOCK_N, COUNT]` of the kept places, int32, from group `start` of a row on: eight in BITS bytes."""
     BLOCK_N: tl.constexpr = rows.shape[0]
-    octets = start // 8 * 3 + tl.arange(0, COUNT // 8) * 3
+    octets = start // 8 * BITS + tl.arange(0, COUNT // 8) * BITS
     places = indices + rows.to(tl.int64)[:, None] * stride_indices + octets[None, :]
-    word = tl.zeros((BLOCK_N, COUNT // 8), tl.int32)
-    for i in tl.static_range(3):
+    word = tl.zeros((BLOCK_N, COUNT // 8), tl.int32 if BITS <= 4 else tl.int64)
+    for i in tl.static_range(BITS):
         inside = (rows < N)[:, None] & (octets + i < row_bytes)[None, :]
-        word |= tl.load(places + i, mask=inside, other=0).to(tl.int32) << (8 * i)
-    ranks = (word[:, :, None] >> (3 * tl.arange(0, 8))[None, None, :]) & 7
-    return ranks.reshape(BLOCK_N, COUNT)
+        word |= tl.load(places + i, mask=inside, other=0).to(word.dtype) << (8 * i)
+    ranks = (word[:, :, None] >> (BITS * tl.arange(0, 8)).to(word.dtype)[None, None, :]) & ((1 << BITS) - 1)
+    return ranks.reshape(BLOCK_N, COUNT).to(tl.int32)
 
 
 @triton.jit
-def spread(kept, ranks):
+def spread_pairs(kept, ranks):
     """Kept weights `[BLOCK_N, 2·COUNT]` and the ranks of their pairs `[BLOCK_N, COUNT]` → `[BLOCK_N, 4·COUNT]`."""
     BLOCK_N: tl.constexpr = ranks.shape[0]
     COUNT: tl.constexpr = ranks.shape[1]
@@ -319,21 +347,45 @@ def spread(kept, ranks):
 
 
 @triton.jit
+def spread(kept, ranks, patterns, KEPT: tl.constexpr, OF: tl.constexpr):
+    """Kept weights `[BLOCK_N, KEPT·COUNT]` and the ranks of their places `[BLOCK_N, COUNT]` → `[BLOCK_N, OF·COUNT]`."""
+    BLOCK_N: tl.constexpr = ranks.shape[0]
+    COUNT: tl.constexpr = ranks.shape[1]
+    places = tl.arange(0, OF)[None, None, :]
+    if KEPT == 1:
+        tile = tl.where(ranks[:, :, None] == places, kept[:, :, None], 0.0).reshape(BLOCK_N, COUNT * OF)
+    elif KEPT == 2 and OF == 4:
+        tile = spread_pairs(kept, ranks)
+    else:
+        bits = tl.load(patterns + ranks)[:, :, None]
+        before = bits & ((1 << places) - 1)
+        before = (before & 0x5555) + ((before >> 1) & 0x5555)  # how many bits are set
+        before = (before & 0x3333) + ((before >> 2) & 0x3333)
+        before = (before & 0x0F0F) + ((before >> 4) & 0x0F0F)
+        before = (before & 0xFF) + (before >> 8)
+        sources = tl.minimum(before, KEPT - 1) + KEPT * tl.arange(0, COUNT)[None, :, None]
+        found = tl.gather(kept, sources.reshape(BLOCK_N, COUNT * OF), 1).reshape(BLOCK_N, COUNT, OF)
+        tile = tl.where(((bits >> places) & 1) == 1, found, 0.0).reshape(BLOCK_N, COUNT * OF)
+    return tile
+
+
+@triton.jit
 def weight_tile(
-    codes, scale, second, zero, table, indices, rows, start, N, K, groups,
+    codes, scale, second, zero, table, indices, patterns, rows, start, N, K, groups,
     stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
     ELEMENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
-    OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr, SPARSE: tl.constexpr,
-    BOOKS: tl.constexpr, DIM: tl.constexpr, BLOCK_K: tl.constexpr,
+    OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr,
+    KEPT: tl.constexpr, OF: tl.constexpr, RANK_BITS: tl.constexpr, BOOKS: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Weights `[BLOCK_N, BLOCK_K]`: what `stored_tile` reads, with the zeros of a 2:4 sparse weight between."""
-    STORED: tl.constexpr = BLOCK_K // 2 if SPARSE else BLOCK_K
+    """Weights `[BLOCK_N, BLOCK_K]`: what `stored_tile` reads, with the zeros of a sparse weight between."""
     tile = stored_tile(
-        codes, scale, second, zero, table, rows, start // 2 if SPARSE else start, N, groups,
+        codes, scale, second, zero, table, rows, start // OF * KEPT, N, groups,
         stride_codes, stride_scale, stride_zero, row_bytes,
-        ELEMENT, BITS, GROUP, SCALE, ZERO, OFFSET, MANTISSA, BIAS, PER_ROW, BOOKS, DIM, STORED,
+        ELEMENT, BITS, GROUP, SCALE, ZERO, OFFSET, MANTISSA, BIAS, PER_ROW, BOOKS, DIM, BLOCK_K // OF * KEPT,
     )  # fmt: skip
-    if SPARSE:
-        fours = (K // 4 * 3 + 7) // 8
-        tile = spread(tile, rank_tile(indices, rows, start // 4, N, stride_indices, fours, BLOCK_K // 4))
+    if KEPT < OF:
+        rank_bytes = (K // OF * RANK_BITS + 7) // 8
+        ranks = rank_tile(indices, rows, start // OF, N, stride_indices, rank_bytes, RANK_BITS, BLOCK_K // OF)
+        tile = spread(tile, ranks, patterns, KEPT, OF)
     return tile

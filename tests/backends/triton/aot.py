@@ -5,14 +5,17 @@
 A case is {"name": …, "operator": "weight_only.weight_only_linear", "capabilities": [80, …], "arguments": […]}, where a
 tensor is {"shape": […], "dtype": "float16"} and the arrays of a weight {"shape": […], "weight": "Affine(4, 32)"}. The
 operator runs on CPU tensors; every kernel it launches is recorded with
-its arguments and compiled for each capability, specialised like Triton's own launcher does. A process of its own,
-because kernels that were imported for the interpreter cannot be compiled.
+its arguments and compiled for each capability, specialised like Triton's own launcher does. The first case of each
+operator is also traced by `torch.compile`, with its first axis left open. A process of its own, because kernels that
+were imported for the interpreter cannot be compiled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -38,8 +41,12 @@ _TYPES = {
 def materialise(value: Any) -> Any:
     """JSON → arguments: tensors are not initialised, names of floating types are types."""
     if isinstance(value, dict) and "weight" in value:
-        layout = parse_encoding(value["weight"]).layout(tuple(value["shape"]))
-        return [torch.empty(shape, dtype=dtype) for shape, dtype in layout.values()]
+        from paretoc.backends.triton.kernels.weights import fixed_arrays
+
+        encoding = parse_encoding(value["weight"])
+        layout = encoding.layout(tuple(value["shape"]))
+        arrays = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+        return [*arrays.values(), *fixed_arrays(encoding, arrays).values()]
     if isinstance(value, dict):
         return torch.empty(value["shape"], dtype=getattr(torch, value["dtype"]))
     return getattr(torch, value) if value in ("float16", "bfloat16", "float32") else value
@@ -64,6 +71,29 @@ def recorded(operator: str, arguments: list[Any]) -> list[tuple[Any, dict[str, A
     finally:
         JITFunction.run = run
     return launches
+
+
+class Traced(KeyboardInterrupt):
+    """The graph is seen: nothing has to run. (No Exception, which Dynamo would wrap.)"""
+
+
+def traced(operator: str, arguments: list[Any]) -> list[str]:
+    """What inductor would be given: the operators of the graph behind AOTAutograd."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    module, name = operator.split(".")
+    importlib.import_module(f"paretoc.backends.triton.kernels.{module}")
+    function = getattr(torch.ops.paretoc_triton, name)
+    given, seen = list(map(materialise, arguments)), []
+    torch._dynamo.maybe_mark_dynamic(given[0], 0)
+
+    def see(graph: Any, inputs: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        raise Traced
+
+    with contextlib.suppress(Traced):
+        torch.compile(lambda a: function(*a), backend=aot_autograd(fw_compiler=see), fullgraph=True)(given)
+    return seen
 
 
 def compiled(kernel: Any, given: dict[str, Any], capability: int) -> dict[str, Any]:
@@ -112,13 +142,16 @@ def resources(cubin: bytes) -> dict[str, Any]:
 
 
 def main(cases: Path, results: Path) -> None:
-    found = []
+    found, graphs = [], {}
     for case in json.loads(cases.read_text()):
+        if case["operator"] not in graphs:
+            graphs[case["operator"]] = traced(case["operator"], case["arguments"])
         for kernel, given in recorded(case["operator"], case["arguments"]):
             for capability in case["capabilities"]:
                 found.append({"case": case["name"], "capability": capability} | compiled(kernel, given, capability))
-    results.write_text(json.dumps(found))
+    results.write_text(json.dumps({"builds": found, "graphs": graphs}))
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # Dynamo would like a GPU, to see which arguments a kernel writes
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -35,8 +35,8 @@ def weight(text: str) -> list[Any]:
     return [{"weight": text, "shape": [4096, 4096]}, text, 4096, None]
 
 
-def codes(M: int, dtype: str = "int8") -> list[Any]:
-    return [tensor(M, 4096, dtype=dtype), tensor(M, dtype="float32"), None, 8]
+def codes(M: int, dtype: str = "int8", groups: int = 1) -> list[Any]:
+    return [tensor(M, 4096, dtype=dtype), tensor(M, groups, dtype="float32"), None, 8]
 
 
 LINEAR, QUANTIZED, TOKENS = (
@@ -45,6 +45,7 @@ LINEAR, QUANTIZED, TOKENS = (
     "quantize.quantize_tokens",
 )
 PLACES = [tensor(8, 273, dtype="int64"), tensor(8, 16, dtype="int64"), tensor(8, 16, dtype="int64")]
+RANGE = [tensor(dtype="float32"), tensor(dtype="uint8"), 8]
 MERGE = [tensor(8, 577, 1024), tensor(8, 577, 1, dtype="float32"), *PLACES]
 CASES = [
     case("W4A16 decode", LINEAR, [tensor(1, 4096), *weight("Affine(4, 32)")]),
@@ -55,12 +56,19 @@ CASES = [
     case("NVFP4 prefill", LINEAR, [tensor(512, 4096, dtype="bfloat16"), *weight("Float('e2m1', 16, 'e4m3')")], [90]),
     case("2:4 int4 decode", LINEAR, [tensor(1, 4096), *weight("NM(2, 4, values=Affine(4, 32))")], [90]),
     case("2:4 int4 prefill", LINEAR, [tensor(512, 4096), *weight("NM(2, 4, values=Affine(4, 32))")], [90]),
+    case("4:8 int4 decode", LINEAR, [tensor(1, 4096), *weight("NM(4, 8, values=Affine(4, 32))")], [90]),
+    case("1:4 int8 prefill", LINEAR, [tensor(512, 4096), *weight("NM(1, 4, values=Affine(8))")], [90]),
     case("additive decode", LINEAR, [tensor(1, 4096), *weight("Additive(2, 8, 8)")], [90]),
+    case("NF4 decode", LINEAR, [tensor(1, 4096), *weight("NF4(64)")], [90]),
     case("codebook prefill", LINEAR, [tensor(512, 4096), *weight("Codebook(4)")], [80]),
     case("W8A8 prefill", QUANTIZED, [*codes(512), *weight("Affine(8)"), "float16"]),
     case("W4A8 skinny", QUANTIZED, [*codes(16), *weight("Affine(4, 32)"), "float16"], [80]),
+    case("W4A8 groups prefill", QUANTIZED, [*codes(512, groups=128), *weight("Affine(4, 32)"), "float16"]),
     case("FP8 prefill", QUANTIZED, [*codes(512, "float8_e4m3fn"), *weight("Float('e4m3')"), "bfloat16"], FLOAT8),
-    case("norm + int8", TOKENS, [tensor(512, 4096), "int8", "rms", tensor(4096), None, 1e-5]),
+    case("norm + int8", TOKENS, [tensor(512, 4096), "int8", 0, "rms", tensor(4096), None, 1e-5]),
+    case("norm + int8 groups", TOKENS, [tensor(512, 4096), "int8", 32, "rms", tensor(4096), None, 1e-5], [90]),
+    case("int4 groups", "quantize.round_tokens", [tensor(512, 4096), "int4", 32], [90]),
+    case("uint8", "quantize.round_range", [tensor(512, 4096), *RANGE], [80]),
     case("match", "tokens.bipartite_match", [tensor(8, 577, 64), 16, 1]),
     case("merge", "tokens.merge_tokens", MERGE),
     case("E4M3", TOKENS, [tensor(512, 4096), "e4m3"], [90]),
@@ -71,16 +79,23 @@ BUILDS = [(c["name"], capability) for c in CASES for capability in c["capabiliti
 
 
 @pytest.fixture(scope="session")
-def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, Any]]:
-    """(case, capability) → its PTX, SASS and resources: all compiled once, in a process that does not interpret."""
+def results(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[str, Any]:
+    """What a process that does not interpret has compiled and traced; Triton's cache stays for the next run."""
     folder = tmp_path_factory.mktemp("aot")
+    assert pytestconfig.cache is not None
     (folder / "cases.json").write_text(json.dumps(CASES))
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment |= {"TRITON_CACHE_DIR": str(pytestconfig.cache.mkdir("triton")), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, Path(__file__).with_name("aot.py"), folder / "cases.json", folder / "results.json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return {(b["case"], b["capability"]): b for b in json.loads((folder / "results.json").read_text())}
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def builds(results: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    """(case, capability) → its PTX, SASS and resources."""
+    return {(b["case"], b["capability"]): b for b in results["builds"]}
 
 
 def uses_tensor_cores(build: dict[str, Any]) -> bool:
@@ -119,11 +134,19 @@ def test_a_kernel_is_built_well(builds, name, capability):
         ("W8A8 prefill", 80, r"mma\.sync\.aligned\.m16n8k32\.row\.col\.satfinite\.s32\.s8\.s8\.s32"),
         ("W8A8 prefill", 90, r"wgmma\.mma_async\.sync\.aligned\.m64n128k32\.s32\.s8\.s8"),
         ("W4A8 skinny", 80, r"mma\.sync\.aligned\.m16n8k32\.row\.col\.satfinite\.s32\.s8\.s8\.s32"),
+        ("W4A8 groups prefill", 90, r"wgmma\.mma_async\.sync\.aligned\.m64n128k32\.s32\.s8\.s8"),
         ("FP8 prefill", 90, r"wgmma\.mma_async\.sync\.aligned\.m64n128k32\.f32\.e4m3\.e4m3"),
     ],
 )
 def test_the_tensor_cores_multiply_in_the_type_that_is_stored(builds, name, capability, instruction):
     assert re.search(instruction, builds[name, capability]["ptx"])
+
+
+@pytest.mark.parametrize("operator", sorted({case["operator"] for case in CASES}))
+def test_inductor_sees_the_kernel_and_cuda_graphs_capture_it(results, operator):
+    seen = results["graphs"][operator]
+    assert seen.count("triton_kernel_wrapper_functional") == 1
+    assert not any("paretoc" in name for name in seen)  # nothing opaque is left
 
 
 def test_the_checks_see_what_is_wrong(builds):

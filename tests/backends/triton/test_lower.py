@@ -75,6 +75,7 @@ STATIC = ["quantize_range", *["quantized_linear"] * 2, "quantize_range", "quanti
         ("quantize:W8A8-dynamic", [*RANGES, "quantized_linear"]),
         ("quantize:W8A8-dynamic,granularity=token", TOKENS),
         ("quantize:W4A8,granularity=token", TOKENS),
+        ("quantize:W4A8", TOKENS),
         ("quantize:FP8", TOKENS),
     ],
 )
@@ -105,11 +106,11 @@ def test_a_norm_that_others_read_stays(compiled):
     assert "aten.layer_norm.default" in targets
 
 
-def test_a_gpu_without_float8_rounds_in_pytorch_and_says_so(compiled, near):
+def test_a_gpu_without_float8_rounds_before_and_says_so(compiled, near):
     program = compiled("quantize:FP8")
     old = program.clone()
     choices = lower(old, (8, 0))
-    assert {c.note for c in choices.values()} == {"activations rounded by PyTorch: this GPU has no e4m3"}
+    assert {c.note for c in choices.values() if c.plan} == {"activations rounded before: this GPU has no e4m3"}
     (y,), (reference,) = old.run([X]), program.run([X])
     near(y, reference, 1e-5 * reference.abs().max())
 
@@ -117,18 +118,48 @@ def test_a_gpu_without_float8_rounds_in_pytorch_and_says_so(compiled, near):
 @pytest.mark.parametrize(
     ("step", "reason"),
     [
-        ("quantize:W4A8", "no kernel finds a scale for each group32"),
+        ("quantize:W4A8,group_size=16", "8-bit tensor cores multiply 32 columns at once, more than a group of 16"),
         ("quantize:W4A8,granularity=token,weights=NF4(32),fitter=rtn", "the weights are no integers"),
     ],
 )
-def test_activations_without_a_kernel_are_rounded_in_pytorch_which_is_said(compiled, near, step, reason):
+def test_activations_that_cannot_stay_codes_are_rounded_before_which_is_said(compiled, near, step, reason):
     program = compiled(step)
     executable = Triton().lower(program, {})
-    assert kernels(executable).count("weight_only_linear") == 3
+    found = kernels(executable)
+    assert found.count("weight_only_linear") == 3 and found.count("round_tokens") == 2
     (y,), (reference,) = executable.run([X]), program.run([X])
     near(y, reference, 1e-5 * reference.abs().max())
-    notes = [row.note for row in executable.explain() if row.encoding != "dense"]
-    assert all(note.startswith(f"activations rounded by PyTorch: {reason}") for note in notes)
+    notes = [row.note for row in executable.explain() if row.encoding not in ("dense", "")]
+    assert all(note.startswith(f"activations rounded before: {reason}") for note in notes)
+
+
+@pytest.mark.parametrize(("batch", "kernel"), [(1, "gemv"), (2, "skinny matmul")])
+def test_explain_names_the_kernel_of_the_users_example(models, batch, kernel):
+    x = torch.randn(batch, 64)
+    options = {"example_inputs": (x,), "target": "triton", "verify": False}
+    compiled = pc.compile(models.Mlp(64, 32, 32).eval(), ["quantize:W4A16,fitter=rtn"], **options)
+    assert all(row.kernel.startswith(kernel) for row in compiled.explain().rows)
+
+
+def test_what_attention_reads_is_rounded_in_a_kernel(models, near):
+    x = torch.randn(2, 16, 12)
+    options = {"example_inputs": (x,), "target": "eager", "verify": False}
+    program = pc.compile(models.Vit(depth=1).eval(), ["quantize_cache:int4"], **options).program
+    executable = Triton().lower(program, {})
+    assert kernels(executable) == ["round_tokens", "round_tokens"]
+    assert torch.equal(executable.run([x])[0], program.run([x])[0])
+    rows = [row.kernel for row in executable.explain() if "round" in row.kernel]
+    assert rows == ["paretoc_triton.round_tokens.default"] * 2
+
+
+def test_what_no_kernel_rounds_stays_and_says_why(models):
+    x = torch.randn(2, 16, 12)
+    options = {"example_inputs": (x,), "target": "eager", "verify": False}
+    program = pc.compile(models.Vit(depth=1).eval(), ["quantize_cache:uint4"], **options).program
+    executable = Triton().lower(program, {})
+    assert torch.equal(executable.run([x])[0], program.run([x])[0])
+    rows = [row for row in executable.explain() if "fake_quantize" in row.kernel]
+    assert [row.note for row in rows] == ["no kernel for uint4, which is asymmetric"] * 2
 
 
 def test_what_no_kernel_reads_runs_the_reference_and_says_why(compiled):

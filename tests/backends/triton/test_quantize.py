@@ -5,8 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from paretoc.backends.triton.kernels.launch import DTYPES
-from paretoc.backends.triton.kernels.quantize import quantize_range, quantize_tokens, tensor_range
-from paretoc.compiler.dialect.activations import FLOATS, reference_fake_quantize, reference_fake_quantize_dynamic
+from paretoc.backends.triton.kernels.quantize import (
+    quantize_range,
+    quantize_tokens,
+    round_range,
+    round_tokens,
+    tensor_range,
+)
+from paretoc.backends.triton.kernels.quantized import dequantized
+from paretoc.compiler.dialect.activations import (
+    FLOATS,
+    group_of,
+    reference_fake_quantize,
+    reference_fake_quantize_dynamic,
+)
 from torch.nn import functional as F
 
 CODES = ["int8", "int5", "int2", "e4m3", "e5m2"]
@@ -23,13 +35,28 @@ def tokens(M: int, K: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("code", CODES)
-@pytest.mark.parametrize("K", [1, 45, 256])
-def test_codes_of_tokens_are_those_of_the_dialect(code, dtype, K):
+@pytest.mark.parametrize(("K", "group"), [(1, 0), (45, 0), (256, 0), (96, 32), (48, 16), (64, 64)])
+def test_codes_of_tokens_and_groups_are_those_of_the_dialect(code, dtype, K, group):
     x = tokens(7, K).to(dtype)
-    codes, scales = quantize_tokens(x, code)
-    assert codes.dtype == FLOATS.get(code, torch.int8) and codes.shape == x.shape and scales.shape == (7,)
-    dequantised = codes.float() * scales.unsqueeze(1)
-    assert torch.equal(dequantised.to(dtype), reference_fake_quantize_dynamic(x, "token", code))
+    codes, scales = quantize_tokens(x, code, group)
+    assert codes.dtype == FLOATS.get(code, torch.int8) and codes.shape == x.shape
+    assert scales.shape == (7, K // group if group else 1)
+    expected = reference_fake_quantize_dynamic(x, f"group{group}" if group else "token", code)
+    assert torch.equal(dequantized(codes, scales, None, 8).to(dtype), expected)
+
+
+@pytest.mark.parametrize(("code", "granularity"), [("int8", "token"), ("e4m3", "token"), ("int4", "group32")])
+def test_rounded_tokens_are_those_of_the_dialect(code, granularity):
+    x = tokens(10, 96).reshape(2, 5, 96).transpose(0, 1)
+    y = round_tokens(x, code, group_of(granularity))
+    assert torch.equal(y, reference_fake_quantize_dynamic(x, granularity, code))
+
+
+def test_rounded_tensors_are_those_of_the_dialect():
+    x = tokens(7, 200).half()
+    assert torch.equal(round_range(x, *tensor_range(x, 4), 4), reference_fake_quantize_dynamic(x, "tensor", "int4"))
+    scale, zero = torch.tensor(0.03), torch.tensor(100, dtype=torch.uint8)
+    assert torch.equal(round_range(x, scale, zero, 8), reference_fake_quantize(x, scale, zero))
 
 
 @pytest.mark.parametrize("x", [torch.randn(2, 3, 20), torch.randn(20, 3).T, torch.randn(3, 40)[:, ::2]])
@@ -51,7 +78,7 @@ def test_a_norm_in_front(near, kind, affine, dtype):
         normalised = F.layer_norm(x, (90,), weight, bias, 1e-5)
     else:
         bias, normalised = None, F.rms_norm(x, (90,), weight, 1e-5)
-    codes, scales = quantize_tokens(x, "int8", kind, weight, bias, 1e-5)
+    codes, scales = quantize_tokens(x, "int8", 0, kind, weight, bias, 1e-5)
     expected, expected_scales = quantize_tokens(normalised, "int8")
     # the sums of the norm round otherwise, and Triton's interpreter truncates to bfloat16: a code is off by a step
     near(scales, expected_scales, expected_scales * 2 * torch.finfo(dtype).eps)
@@ -80,9 +107,11 @@ def test_codes_of_a_measured_range_are_those_of_the_dialect():
     ("operator", "arguments"),
     [
         ("quantize_tokens", (torch.randn(2, 3, 8), "int8")),
-        ("quantize_tokens", (torch.randn(4, 8), "e4m3", "rms", torch.ones(8), None, 1e-5)),
+        ("quantize_tokens", (torch.randn(4, 8), "e4m3", 4, "rms", torch.ones(8), None, 1e-5)),
         ("quantize_range", (torch.randn(2, 8), torch.tensor(0.1), torch.tensor(3.0), 8)),
         ("tensor_range", (torch.randn(2, 8), 8)),
+        ("round_tokens", (torch.randn(2, 3, 8).transpose(0, 1), "int8", 4)),
+        ("round_range", (torch.randn(2, 8), torch.tensor(0.1), torch.tensor(3.0), 8)),
     ],
 )
 def test_the_shape_rules_agree(operator, arguments):

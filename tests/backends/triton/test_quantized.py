@@ -7,7 +7,7 @@ import pytest
 import torch
 from paretoc.backends.triton.kernels.quantize import quantize_range, quantize_tokens, tensor_range
 from paretoc.backends.triton.kernels.quantized import quantized_format, quantized_linear
-from paretoc.compiler.dialect.activations import reference_fake_quantize_dynamic
+from paretoc.compiler.dialect.activations import group_of, reference_fake_quantize_dynamic
 from torch import Tensor
 
 CASES = [
@@ -30,8 +30,8 @@ def multiplied(x: Tensor, text: str, code: str, granularity: str, N: int, dtype:
     weight, bias = torch.randn(N, x.shape[-1]), torch.randn(N)
     arrays = encoding.encode(weight)
     bits = int(code[3:]) if granularity == "tensor" else 8
-    if granularity == "token":
-        codes, scale, zero = *quantize_tokens(x, code), None
+    if granularity != "tensor":
+        codes, scale, zero = *quantize_tokens(x, code, group_of(granularity)), None
     else:
         scale, zero = tensor_range(x, bits)
         codes = quantize_range(x, scale, zero, bits)
@@ -56,6 +56,24 @@ def test_float8(near, text, K, code, M):
     near(y, expected, 1e-5 * expected.abs().max())
 
 
+@pytest.mark.parametrize(
+    ("text", "K", "code", "granularity"),
+    [
+        ("Affine(4, 32)", 160, "int8", "group32"),
+        ("Affine(4, 64)", 192, "int4", "group32"),
+        ("Affine(8)", 96, "int8", "group32"),
+        ("Affine(2, 32, symmetric=False)", 256, "int8", "group128"),
+        ("Affine(8)", 32, "int8", "group32"),
+        ("Float('e4m3')", 128, "e4m3", "group64"),
+    ],
+)
+@pytest.mark.parametrize("M", [1, 17])
+def test_groups_of_activations(near, text, K, code, granularity, M):
+    x = torch.randn(M, K) * torch.logspace(-2, 2, K)
+    y, expected = multiplied(x, text, code, granularity, 37, torch.float32)
+    near(y, expected, 1e-5 * expected.abs().max())
+
+
 @pytest.mark.parametrize(("M", "N", "K"), [(17, 130, 288), (65, 70, 96), (130, 129, 33)])
 def test_every_class_of_shapes(near, M, N, K):
     y, expected = multiplied(torch.randn(M, K), "Affine(8)", "int8", "token", N, torch.float32)
@@ -71,7 +89,7 @@ def test_the_output_has_the_type_that_is_asked_for(near, dtype):
 
 def test_the_largest_sums_do_not_wrap():
     K = 4096
-    codes, ones = torch.full((1, K), 127, dtype=torch.int8), torch.ones(1)
+    codes, ones = torch.full((1, K), 127, dtype=torch.int8), torch.ones(1, 1)
     arrays = [torch.full((3, K), 255, dtype=torch.uint8), torch.ones(3, 1)]
     y = quantized_linear(codes, ones, None, 8, arrays, "Affine(8)", 3, None, torch.float32)
     assert torch.equal(y, torch.full((1, 3), 127.0 * 127 * K))
@@ -103,8 +121,14 @@ def test_the_comparison_sees_a_wrong_zero_point(near):
         ("NM(2, 4, values=Affine(8))", "int8", "2:4 sparse"),
     ],
 )
-def test_a_refusal_says_why(text, code, reason):
+def test_a_refusal_of_weights_says_why(text, code, reason):
     found = quantized_format(text, code)
+    assert isinstance(found, str) and reason in found
+
+
+@pytest.mark.parametrize(("group", "reason"), [(16, "more than a group of 16"), (96, "groups of 96 are no power of")])
+def test_a_refusal_of_groups_says_why(group, reason):
+    found = quantized_format("Affine(8)", "int8", group)
     assert isinstance(found, str) and reason in found
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import paretoc as pc
 import pytest
 import torch
 from paretoc.backends.triton.kernels.launch import DTYPES, PROGRAMS, split_k
-from paretoc.backends.triton.kernels.weight_only import tiling, weight_only_linear
-from paretoc.backends.triton.kernels.weights import array_names, weight_format
+from paretoc.backends.triton.kernels.weight_only import tilings, weight_only_linear
+from paretoc.backends.triton.kernels.weights import fixed_arrays, weight_format
 from torch import Tensor
 
 #: encodings, each with a width that no block divides
@@ -42,6 +44,12 @@ CASES = [
     ("NM(2, 4, values=Affine(4, 32))", 192),
     ("NM(2, 4, values=Affine(8, symmetric=False))", 44),
     ("NM(2, 4, values=Codebook(4))", 300),
+    ("NM(1, 4)", 44),
+    ("NM(1, 2, values=Affine(4, 32))", 192),
+    ("NM(1, 8, values=Affine(8, symmetric=False))", 88),
+    ("NM(4, 8, values=Affine(4, 32))", 192),
+    ("NM(2, 8, values=Codebook(4))", 304),
+    ("NM(2, 16)", 48),
 ]
 
 
@@ -51,9 +59,7 @@ def encoded(text: str, N: int, K: int) -> tuple[list[Tensor], str, Tensor]:
     weight = torch.randn(N, K) * torch.logspace(-2, 1, N).unsqueeze(1)
     weight[N // 2] = 0
     arrays = encoding.encode(weight)
-    stored = list(arrays.values())
-    if len(array_names(encoding, (N, K))) > len(stored):
-        stored.append(encoding.stored_table(arrays))
+    stored = [*arrays.values(), *fixed_arrays(encoding, arrays).values()]
     return stored, str(encoding), encoding.decode(arrays, (N, K))
 
 
@@ -96,12 +102,16 @@ def test_groups_longer_than_a_step(near, M, text, K):
     test_every_format(near, text, K, M, torch.float32)
 
 
-def test_every_pair_of_a_four(near):
-    weight = torch.zeros(6, 32)
-    for row, pair in enumerate([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]):
-        weight.view(6, 8, 4)[row, :, pair] = torch.arange(1.0, 17).reshape(8, 2)
-    encoding = pc.NM(2, 4)
-    y = weight_only_linear(torch.eye(32), list(encoding.encode(weight).values()), str(encoding), 6, None)
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (2, 16)])
+def test_every_pattern_of_kept_places(n, m):
+    patterns = list(combinations(range(m), n))
+    weight = torch.zeros(len(patterns), 8, m)
+    for row, places in enumerate(patterns):
+        weight[row, :, places] = torch.arange(1.0, 8 * n + 1).reshape(8, n)
+    weight, encoding = weight.flatten(1), pc.NM(n, m)
+    arrays = encoding.encode(weight)
+    operands = [*arrays.values(), *fixed_arrays(encoding, arrays).values()]
+    y = weight_only_linear(torch.eye(8 * m), operands, str(encoding), len(patterns), None)
     assert torch.equal(y.T, weight)
 
 
@@ -153,7 +163,8 @@ def test_uninitialised_memory_is_poisoned():
         ("Binary()", "no Triton kernel reads Binary"),
         ("Additive(1, 16, 8)", "1 codebooks of 16 bits"),
         ("Additive(8, 8, 16)", "do not fit"),
-        ("NM(4, 8)", "no Triton kernel reads 4:8 of Dense"),
+        ("NM(3, 4)", "no Triton kernel reads 3:4 of Dense"),
+        ("NM(8, 16)", "no Triton kernel reads 8:16 of Dense"),
         ("NM(2, 4, values=Affine(3))", "codes of 3 bits"),
     ],
 )
@@ -182,4 +193,4 @@ def test_few_outputs_share_their_sums():
     assert split_k(programs=PROGRAMS // 4, steps=64) == 4
     assert split_k(programs=1, steps=3) == 3
     formats = weight_format("Affine(4, 32)")
-    assert tiling(1, 4096, 4096, formats).split == 1 and tiling(16, 1024, 4096, formats).split > 1
+    assert tilings(1, 4096, 4096, formats)[0].split == 1 and tilings(16, 1024, 4096, formats)[0].split > 1
