@@ -57,3 +57,6 @@ class Eager:
             where=str(directory),
             fix="load it with target 'onnx' or 'onnxruntime'",
         )
+
+    def save_all(self, executables: Mapping[str, Any], directory: Path) -> dict[str, dict[str, Any]]:
+        return Onnx().save_all({file: Onnx().lower(e.program, {}) for file, e in executables.items()}, directory)

@@ -2,6 +2,7 @@
 
 `model.onnx` refers to `weights.safetensors` for its large tensors, so every weight is on disk once. The manifest
 holds the call signature, what the session needs, and a SHA-256 of each file. Writing is all or nothing.
+An artifact of several models has a `model-NAME.onnx` and a `report-NAME.html` for each, over one file of weights.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ from typing import Any
 
 import torch.utils._pytree as pytree
 
-from .backend import Executable, Explanation
+from .backend import Executable, Explanation, Sharing
 from .causal import Cache
-from .errors import ArtifactError
+from .errors import ArtifactError, OptionError, did_you_mean
 from .generate import Generator
 from .program import Interface, Output, Program
 from .registry import registry
@@ -58,22 +59,54 @@ class LoadedModel(Generator):
         export_file(path, self.executable)
 
 
-def save_artifact(
-    directory: str | os.PathLike[str], executable: Executable, program: Program, facts: dict[str, Any], report: Report
-) -> None:
+@dataclass(frozen=True)
+class Member:
+    """One of the models that an artifact holds."""
+
+    executable: Executable
+    program: Program
+    facts: dict[str, Any]
+    report: Report
+
+    def entry(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """What the manifest says about it."""
+        interface = _dump_interface(self.program.interface)
+        return {**self.facts, "interface": interface, "settings": settings, "report": self.report.to_dict()}
+
+
+def save_artifact(directory: str | os.PathLike[str], model: Member) -> None:
     """Write an artifact. The directory appears complete or not at all; an existing artifact is replaced."""
+    with _complete(directory) as (stage, manifest):
+        manifest |= model.entry(model.executable.save(stage))
+        model.report.to_html(stage / "report.html")
+
+
+def save_members(directory: str | os.PathLike[str], members: Mapping[str, Member], backend: Sharing) -> None:
+    """Write an artifact of several models, with what their weights share stored once."""
+    files = {name: f"model-{name}.onnx" for name in members}
+    with _complete(directory) as (stage, manifest):
+        settings = backend.save_all({files[name]: member.executable for name, member in members.items()}, stage)
+        manifest["members"] = {name: member.entry(settings[files[name]]) for name, member in members.items()}
+        for name, member in members.items():
+            member.report.to_html(stage / f"report-{name}.html")
+
+
+def member_name(member: str | float) -> str:
+    """The name of a model in an artifact: 0.5 and "0.5" are one. Raises OptionError for what cannot name a file."""
+    name = member if isinstance(member, str) else f"{member:g}"
+    if not name or Path(name).name != name:
+        raise OptionError(f"{name!r} cannot be the name of a model", where="save", fix="use a number or a plain word")
+    return name
+
+
+@contextmanager
+def _complete(directory: str | os.PathLike[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A folder to fill and its manifest, which together take the place of `directory` when all went well."""
     target = check_output(directory)
     with _staging(target) as stage:
-        settings = executable.save(stage)
-        report.to_html(stage / "report.html")
-        manifest = {
-            "format": FORMAT,
-            **facts,
-            "interface": _dump_interface(program.interface),
-            "settings": settings,
-            "report": report.to_dict(),
-            "files": {p.name: _sha256(p) for p in sorted(stage.iterdir())},
-        }
+        manifest: dict[str, Any] = {"format": FORMAT}
+        yield stage, manifest
+        manifest["files"] = {p.name: _sha256(p) for p in sorted(stage.iterdir())}
         (stage / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         if target.exists():
             shutil.rmtree(target)
@@ -123,8 +156,8 @@ def export_file(path: str | os.PathLike[str], executable: Executable) -> None:
             os.replace(written, target.parent / written.name)
 
 
-def load(path: str | os.PathLike[str]) -> LoadedModel:
-    """Read an artifact written by `CompiledModel.save`.
+def load(path: str | os.PathLike[str], member: str | float | None = None) -> LoadedModel:
+    """Read an artifact written by `CompiledModel.save`, or one `member` of one written by `save`.
 
     Raises ArtifactError when a file is missing, truncated or altered, or when the manifest points outside.
     """
@@ -140,6 +173,7 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
             state = "is altered or truncated" if file.exists() else "is missing"
             raise ArtifactError(f"{name!r} {state}", where=str(directory), fix="save or copy the artifact again")
     try:
+        manifest = _choose(manifest, member, directory)
         interface = _load_interface(manifest["interface"])
         backend = "onnx" if manifest["target"] == "eager" else manifest["target"]
         executable = registry().backend(backend).load(directory, manifest["settings"])
@@ -148,6 +182,21 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
             f"the manifest is damaged: {error!r}", where=str(directory / MANIFEST), fix="save the artifact again"
         ) from error
     return LoadedModel(manifest, interface, executable, manifest.get("report", {}))
+
+
+def _choose(manifest: dict[str, Any], member: str | float | None, directory: Path) -> dict[str, Any]:
+    """The entry of one model."""
+    members = manifest.get("members")
+    if members is None and member is None:
+        return manifest
+    if members is None or member is None:
+        what = "it holds one model, without a name" if members is None else "it holds several models"
+        fix = "load it without a name" if members is None else f"name one of them: {', '.join(members)}"
+        raise ArtifactError(what, where=str(directory), fix=fix)
+    name = member_name(member)
+    if name not in members:
+        raise ArtifactError(f"it holds no model {name!r}", where=str(directory), fix=did_you_mean(name, members))
+    return members[name]  # type: ignore[no-any-return]  # JSON
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
@@ -268,4 +317,13 @@ pytree.register_pytree_node(
     serialized_type_name="paretoc.Output",
 )
 
-__all__ = ["LoadedModel", "check_output", "export_file", "load", "save_artifact"]
+__all__ = [
+    "LoadedModel",
+    "Member",
+    "check_output",
+    "export_file",
+    "load",
+    "member_name",
+    "save_artifact",
+    "save_members",
+]

@@ -21,7 +21,8 @@ class Row:
     """One site in `explain()`: its encoding, the kernel that runs it, whether that is a fast one, and why not.
 
     `milliseconds` of the example call are measured; `predicted` is the speed the choice of kernel counted on, in
-    multiples of fp32; `roofline` the least time the machine could need for it, as a share of what it took.
+    multiples of fp32; `roofline` the least time the machine could need for it, as a share of what it took; `macs` its
+    multiply–accumulates; `instead` the nearest scheme that has a fast kernel, where its own has none.
     """
 
     site: str
@@ -32,6 +33,8 @@ class Row:
     note: str = ""
     predicted: float | None = None
     roofline: float | None = None
+    macs: int = 0
+    instead: str = ""
 
 
 @runtime_checkable
@@ -58,7 +61,8 @@ class Decoder(Protocol):
     """A text being written: it remembers the keys and values of the tokens it was given."""
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """The next tokens `[B, T]`, the mask `[B, past + T]` and positions `[B, T]` → logits `[B, T, V]`."""
+        """The next tokens `[B, T]`, the mask `[B, past + T]` and positions `[B, T]` → logits `[B, T, V]`, or of the
+        last tokens alone."""
 
 
 @runtime_checkable
@@ -67,6 +71,14 @@ class CachingExecutable(Executable, Protocol):
 
     def decoder(self, cache: Cache, batch: int, tokens: int) -> Decoder:
         """Ready for `batch` texts of at most `tokens` tokens."""
+
+
+@runtime_checkable
+class Predicting(Executable, Protocol):
+    """An executable that knows, before it has run, how fast its kernels should be."""
+
+    def predict(self) -> list[Row]:
+        """Its sites with `macs`, `predicted` and `instead`."""
 
 
 @runtime_checkable
@@ -80,6 +92,14 @@ class Backend(Protocol):
 
     def load(self, directory: Path, settings: Mapping[str, Any]) -> Executable:
         """What `Executable.save` wrote → an executable. Must not execute anything from the directory."""
+
+
+@runtime_checkable
+class Sharing(Protocol):
+    """A backend that can write several executables side by side, with every weight they share stored once."""
+
+    def save_all(self, executables: Mapping[str, Any], directory: Path) -> dict[str, dict[str, Any]]:
+        """Its own executables by file name → for each what the manifest must remember to load it again."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +116,11 @@ class Calibrated(Protocol):
 
     def calibrate(self) -> Calibration:
         """Measure this machine and keep the result for later compilations."""
+
+
+def channel_multiple(backend: Backend) -> int:
+    """Numbers of channels that the kernels of a backend like are multiples of this: its `channel_multiple`, or 8."""
+    return int(getattr(backend, "channel_multiple", 8))
 
 
 @dataclass(frozen=True)

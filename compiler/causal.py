@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -120,23 +121,33 @@ def layers(tensors: Sequence[Tensor]) -> list[dict[str, Tensor]]:
 class CausalLM(nn.Module):
     """A `transformers` causal language model with its key-value cache as inputs and outputs.
 
-    `max_length` bounds prompt and answer together; the model's own context by default. Parameters keep their names.
-    Raises OptionError for a model that is no causal language model, or whose cache is not keys and values that grow.
+    `max_length` bounds prompt and answer together; the model's own context by default. `logits_to_keep` last tokens of
+    a call get logits, 0: all; 1 is enough to generate, and spares a prompt the vocabulary head. Parameters keep their
+    names. Raises OptionError for a model that is no causal language model, or whose cache is not keys and values that
+    grow.
     """
 
     language_model: Any
 
-    def __init__(self, model: nn.Module, *, max_length: int | None = None) -> None:
+    def __init__(self, model: nn.Module, *, max_length: int | None = None, logits_to_keep: int = 0) -> None:
         super().__init__()
+        if logits_to_keep < 0 or (logits_to_keep and "logits_to_keep" not in signature(model.forward).parameters):
+            why = "it is negative" if logits_to_keep < 0 else f"{type(model).__name__} computes them all"
+            raise OptionError(
+                f"logits_to_keep={logits_to_keep} is not possible: {why}",
+                where="CausalLM",
+                fix="leave it out",
+            )
         # the same children, not a child of our own: parameters are called as in the model
         self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
         self.__dict__["language_model"] = model
+        self.kept = {"logits_to_keep": logits_to_keep} if logits_to_keep else {}
         self.cache = _probe(model, max_length)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: Layers
     ) -> dict[str, Any]:
-        """`[B, T]` tokens → logits `[B, T, V]` and the cache with these tokens in it."""
+        """`[B, T]` tokens → logits `[B, T, V]`, of the last tokens where so asked, and the cache with all in it."""
         from transformers.cache_utils import DynamicCache, DynamicLayer
 
         cache, batch, seen = DynamicCache(), input_ids.shape[0], past_key_values[0]["key"].shape[2]
@@ -154,6 +165,7 @@ class CausalLM(nn.Module):
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
+            **self.kept,
         )
         present = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         return {"logits": result.logits, "present": layers(present)}

@@ -327,10 +327,10 @@ def _artifact(arguments: argparse.Namespace) -> LoadedModel | None:
 
 def _contenders(compiled: CompiledModel) -> tuple[Calls, dict[str, Tensor]]:
     """What `bench` times, and the inputs it is timed with."""
-    from .report import contenders
+    from .report import contenders, original_executable
 
     done = compiled._compiled()
-    calls = contenders(done)
+    calls = contenders(done, original_executable(done))
     named: Calls = {
         "PyTorch eager": calls["pytorch"],
         "uncompressed": calls["original"],

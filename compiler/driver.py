@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from . import schedule, verify
-from .artifact import save_artifact
-from .backend import Executable, Explanation
+from .artifact import Member, member_name, save_artifact, save_members
+from .backend import Executable, Explanation, Sharing
 from .calibrate import FlatBatch, gather, read_batches
 from .capture import Model, as_call, capture
 from .cost import Cost, cost
 from .errors import CalibrationError, OptionError, ParetocError, PassError, PluginError
 from .generate import Generator
 from .passes import Context, Pass, PassResult, Phase
+from .plain import PlainModule
 from .program import Interface, Program
 from .recipe import PassLike, parse_passes
 from .registry import registry
@@ -115,6 +116,14 @@ class CompiledModel(Generator):
         """The program as captured, before any pass."""
         return self._compiled().original
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors of the rewritten program, a plain dict under the names of the original model."""
+        return self.program.state_dict()
+
+    def module(self) -> torch.nn.Module:
+        """The rewritten program as ordinary PyTorch, with parameters to train; may be compiled again."""
+        return PlainModule(self.program)
+
     def report(self, *, latency: bool = True) -> Report:
         """Per pass and in total: bytes, MACs, parameters, tokens, fidelity; and latency, measured now, interleaved."""
         if self._report is None or (latency and not self._report.latency):
@@ -128,9 +137,7 @@ class CompiledModel(Generator):
 
     def save(self, directory: Any) -> None:
         """Write model.onnx, weights.safetensors, manifest.json and report.html, all or nothing."""
-        done = self._compiled()
-        report = build_report(done, latency=False)  # measured times would make equal artifacts differ
-        save_artifact(directory, done.executable, done.program, self._manifest(), report)
+        save_artifact(directory, self._member())
 
     def export_onnx(self, path: Any) -> None:
         """Write one self-contained ONNX file."""
@@ -138,14 +145,34 @@ class CompiledModel(Generator):
 
         export_file(path, self._compiled().executable)
 
-    def _manifest(self) -> dict[str, Any]:
+    def _member(self) -> Member:
         done = self._compiled()
-        return {
+        facts = {
             "target": done.options.target,
             "seed": done.options.seed,
             "passes": [r.text for r in done.records],
             "encodings": {n: str(e) for n, e in verify.encodings_by_weight(done.program).items() if e is not None},
         }
+        report = build_report(done, latency=False)  # measured times would make equal artifacts differ
+        return Member(done.executable, done.program, facts, report)
+
+
+def save(models: Mapping[Any, CompiledModel], directory: Any) -> None:
+    """Write several compiled models, by name or number, as one artifact: a graph each, and what they share once.
+
+    A weight that is the beginning of another along one axis, as in the narrower of two nested models, is a range of
+    that one's bytes. `load(directory, name)` reads one of them. Raises OptionError for a target that cannot do so.
+    """
+    members = {member_name(name): model._member() for name, model in models.items()}
+    targets = {member.facts["target"] for member in members.values()}
+    backend = registry().backend(next(iter(targets), ""))
+    if len(targets) > 1 or not isinstance(backend, Sharing):
+        raise OptionError(
+            f"models for {' and '.join(sorted(targets))} cannot share one artifact",
+            where="save",
+            fix="compile all of them for one target: onnxruntime, onnx or eager",
+        )
+    save_members(directory, members, backend)
 
 
 def compile(

@@ -201,9 +201,9 @@ def _sensitivity(measured: Sensitivity) -> Markup:
 
 
 def _notes(report: Report) -> Markup:
-    if not report.notes:
-        return Markup()
-    return _section("Notes", tag("ul", *(tag("li", note) for note in report.notes)))
+    notes = [tag("li", f"warning: {warning}", class_="worse") for warning in report.warnings]
+    notes += [tag("li", note) for note in report.notes]
+    return _section("Notes", tag("ul", *notes)) if notes else Markup()
 
 
 _STYLE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,9 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import cost as costs
-from .backend import Explanation
+from .backend import Executable, Explanation, Predicting, Row
 from .registry import registry
 from .sensitivity import Sensitivity
+from .slower import measured_slower, predicted_slower
 from .verify import Fidelity
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ class Report:
 
     Sizes are bytes of the stored tensors; `stored_bytes` those of the model file, which may need more than the encoding
     (a target without an n:m kernel stores the zeros). Latencies are milliseconds at the example inputs, the three
-    contenders ("compiled", "original" on the same backend, "pytorch" eager) interleaved in one run.
+    contenders ("compiled", "original" on the same backend, "pytorch" eager) interleaved in one run. `warnings` say
+    that the compiled model is slower than the original, as measured or, without latencies, as predicted.
     """
 
     target: str
@@ -44,6 +47,7 @@ class Report:
     metric: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     stored_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -67,6 +71,7 @@ class Report:
             "metric": self.metric,
             "passes": self.passes,
             "notes": self.notes,
+            "warnings": self.warnings,
         }
 
     def __str__(self) -> str:
@@ -77,6 +82,7 @@ class Report:
         yield self._pass_table()
         yield from map(_sensitivity_table, self.sensitivities())
         yield from (f"note: {escape(note)}" for note in self.notes)
+        yield from (f"warning: {escape(warning)}" for warning in self.warnings)
 
     def _summary(self) -> Table:
         table = Table(title=f"compiled for {self.target}", title_justify="left")
@@ -132,38 +138,48 @@ class Report:
 
 def build_report(done: Compilation, *, latency: bool) -> Report:
     """Gather the figures of a finished compilation; measures latency when asked to."""
-    metric = {}
+    original = functools.cache(functools.partial(original_executable, done))
+    metric, times = {}, {}
     if done.options.metric is not None:
-        backend_original = _original_executable(done)
         metric = {
-            "original": float(done.options.metric(_caller(done.original, backend_original.run))),
+            "original": float(done.options.metric(_caller(done.original, original().run))),
             "compiled": float(done.options.metric(_caller(done.program, done.executable.run))),
         }
+    before, after = costs.cost(done.original), costs.cost(done.program)
+    if latency:
+        times = costs.measure(contenders(done, original()))
+        slower = measured_slower(times["compiled"], times["original"], done.executable, original())
+    else:
+        rows = done.executable.predict() if isinstance(done.executable, Predicting) else []
+        repeats = done.program.repeats
+        slower = predicted_slower(before.macs * repeats, after.macs * repeats, rows)
     return Report(
         target=done.options.target,
-        original=costs.cost(done.original),
-        compiled=costs.cost(done.program),
+        original=before,
+        compiled=after,
         fidelity=done.fidelity,
         passes=[_entry(record) for record in done.records],
-        latency=costs.measure(contenders(done)) if latency else {},
+        latency=times,
         metric=metric,
         notes=done.program.notes,
         stored_bytes=done.executable.stored_bytes(),
+        warnings=[slower] if slower else [],
     )
 
 
-def _original_executable(done: Compilation) -> Any:
-    return registry().backend(done.options.target).lower(done.original, {"seed": done.options.seed})
+def original_executable(done: Compilation) -> Executable:
+    """The original, for the same target."""
+    lowered: Executable = registry().backend(done.options.target).lower(done.original, {"seed": done.options.seed})
+    return lowered
 
 
 def _caller(program: Any, run: Callable[[Any], Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: program.interface.unflatten(run(program.interface.flatten(args, kwargs)))
 
 
-def contenders(done: Compilation) -> dict[str, Callable[[], object]]:
+def contenders(done: Compilation, original: Executable) -> dict[str, Callable[[], object]]:
     """The three programs that are timed against each other, each as a call on the example inputs."""
     inputs = done.original.users_example()
-    original = _original_executable(done)
 
     def eager() -> None:
         with torch.inference_mode():
@@ -222,7 +238,7 @@ def explanation_table(explanation: Explanation) -> Table:
         "ms": ["" if row.milliseconds is None else f"{row.milliseconds:.3f}" for row in explanation.rows],
         "× fp32": ["" if row.predicted is None else f"{row.predicted:.2g}" for row in explanation.rows],
         "roofline": ["" if row.roofline is None else f"{row.roofline:.0%}" for row in explanation.rows],
-        "note": [row.note for row in explanation.rows],
+        "note": [_note(row) for row in explanation.rows],
     }
     told = {name: cells for name, cells in columns.items() if any(cells)}
     for name in told:
@@ -230,6 +246,10 @@ def explanation_table(explanation: Explanation) -> Table:
     for cells in zip(*told.values(), strict=True):
         table.add_row(*map(escape, cells))
     return table
+
+
+def _note(row: Row) -> str:
+    return "; ".join(part for part in (row.note, row.instead and f"{row.instead} has a fast kernel") if part)
 
 
 def render(content: RenderableType, width: int = 120) -> str:

@@ -25,6 +25,11 @@ class Onnx:
 
         return OnnxExecutable.from_directory(directory, settings)
 
+    def save_all(self, executables: Mapping[str, Any], directory: Path) -> dict[str, dict[str, Any]]:
+        from .executable import save_all
+
+        return save_all(executables, directory)
+
 
 class OnnxRuntime(Onnx):
     """target="onnxruntime": may use the com.microsoft operators that ONNX Runtime runs fastest."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +15,6 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
-from safetensors.numpy import save_file
 from torch import Tensor, fx
 
 from ...compiler.backend import Decoder, Row
@@ -29,19 +27,19 @@ from ...compiler.sites import Site, weight_sites
 from ...compiler.sums import split_sums
 from .cache import CachedDecoder, row_by_row, share_cache
 from .integers import representable
-from .kernels import Placed, explain_session
+from .kernels import Placed, explain_session, predicted_rows
 from .lower import Lowering, required_opset
+from .nearest import nearest_fast
 from .optimise import optimise
-from .speeds import load_speeds
+from .speeds import MARGIN, load_speeds
+from .stored import EXTERNAL_BYTES, WEIGHTS, nbytes, write
 from .translate import translate
 
-MODEL, WEIGHTS = "model.onnx", "weights.safetensors"
+MODEL = "model.onnx"
 #: the smallest opset written: one that other runtimes know, and the one in which attention and norms are one operator
 _OPSETS = {"onnx": 18, "onnxruntime": 23}
 #: session options that travel with a model: a DequantizeLinear before a MatMul must not round the activations
 CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1"}
-#: tensors smaller than this stay inside model.onnx
-_EXTERNAL_BYTES = 1024
 #: a protobuf message cannot exceed 2 GiB
 _PROTOBUF_LIMIT = (1 << 31) - (1 << 24)
 
@@ -90,20 +88,25 @@ class OnnxExecutable:
 
     @classmethod
     def from_directory(cls, directory: Path, settings: Mapping[str, Any]) -> OnnxExecutable:
-        return cls(None, dict(settings), "onnxruntime", path=directory / MODEL)
+        return cls(None, dict(settings), "onnxruntime", path=directory / Path(settings.get("file", MODEL)).name)
 
     def _check(self) -> None:
-        """The file must be valid ONNX; contrib operators are outside what the checker knows."""
+        """The file must be valid ONNX; contrib operators are outside what the checker knows. Large weights stand as
+        inputs: the checker takes a model as one message, and several copies of it."""
         assert self.model is not None
-        if _weight_bytes(self.model) < _PROTOBUF_LIMIT:
-            try:
-                onnx.checker.check_model(ir.to_proto(self.model), full_check=False)
-            except onnx.checker.ValidationError as error:
-                raise LoweringError(
-                    f"the exported model is not valid ONNX: {str(error).splitlines()[0]}",
-                    where="exporting to ONNX",
-                    fix="report this with the model and the passes",
-                ) from error
+        graph = (model := self.model.clone()).graph
+        for name, value in list(graph.initializers.items()):
+            if nbytes(value) >= EXTERNAL_BYTES:
+                value.const_value = None
+                graph.inputs.append(graph.initializers.pop(name))
+        try:
+            onnx.checker.check_model(ir.to_proto(model), full_check=False)
+        except onnx.checker.ValidationError as error:
+            raise LoweringError(
+                f"the exported model is not valid ONNX: {str(error).splitlines()[0]}",
+                where="exporting to ONNX",
+                fix="report this with the model and the passes",
+            ) from error
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -168,8 +171,14 @@ class OnnxExecutable:
         return CachedDecoder(self.session, inputs, outputs, cache, batch, tokens, shared=shared)
 
     def explain(self) -> list[Row]:
-        sites = [Placed(**site) for site in self.settings["sites"]]
-        return explain_session(self._start, self.session_options(), sites, self._example())
+        graph = (ir.load(self.path) if self.model is None else self.model).graph
+        return explain_session(self._start, self.session_options(), self._sites(), self._example(), _convolved(graph))
+
+    def predict(self) -> list[Row]:
+        return predicted_rows(self._sites())
+
+    def _sites(self) -> list[Placed]:
+        return [Placed(**site) for site in self.settings["sites"]]
 
     def stored_bytes(self) -> int:
         return _weight_bytes(self.model) if self.model is not None else _file_bytes(self.path)
@@ -186,27 +195,7 @@ class OnnxExecutable:
 
     def save(self, directory: Path) -> dict[str, Any]:
         """model.onnx, whose large tensors are byte ranges of weights.safetensors."""
-        if self.model is None:
-            raise ArtifactError("this model was loaded", where="save", fix="copy the artifact's directory instead")
-        stored = {n: v for n, v in self.model.graph.initializers.items() if _nbytes(v) >= _EXTERNAL_BYTES}
-        save_file({n: _raw(v) for n, v in sorted(stored.items())}, directory / WEIGHTS)
-        (directory / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner only
-        offsets = _offsets(directory / WEIGHTS)
-        kept = {n: v.const_value for n, v in stored.items()}
-        try:
-            for name, value in stored.items():
-                tensor = kept[name]
-                assert tensor is not None
-                begin, end = offsets[name]
-                value.const_value = ir.ExternalTensor(
-                    WEIGHTS, begin, end - begin, tensor.dtype, shape=tensor.shape, name=name, base_dir=directory
-                )
-            (directory / MODEL).write_bytes(ir.to_proto(self.model).SerializeToString(deterministic=True))
-        finally:
-            for name, value in stored.items():
-                value.const_value = kept[name]
-        onnx.checker.check_model(str(directory / MODEL), full_check=False)
-        return self.settings
+        return save_all({MODEL: self}, directory)[MODEL]
 
     def export(self, path: Path) -> None:
         if self.model is None:
@@ -216,6 +205,17 @@ class OnnxExecutable:
             path.write_bytes(ir.to_proto(self.model).SerializeToString(deterministic=True))
         else:
             ir.save(self.model, path, external_data=f"{path.name}.data")
+
+
+def save_all(executables: Mapping[str, OnnxExecutable], directory: Path) -> dict[str, dict[str, Any]]:
+    """Each executable under its file name, over one file of weights; what loading each must know."""
+    models = {}
+    for file, executable in executables.items():
+        if executable.model is None:
+            raise ArtifactError("this model was loaded", where="save", fix="copy the artifact's directory instead")
+        models[file] = executable.model
+    write(models, directory)
+    return {file: {**executable.settings, "file": file} for file, executable in executables.items()}
 
 
 def session_options(config: Mapping[str, str]) -> onnxruntime.SessionOptions:
@@ -232,12 +232,33 @@ def _placed(program: Program, site: Site) -> Placed:
     encoding = program.encoding(site.weight)
     arrays = program.stored_arrays(site.weight).values() if encoding else [program.weight_value(site.weight)]
     size = sum(a.nbytes for a in arrays)
-    return Placed(site.path, str(encoding or "dense"), site.kind, _activations(site), node_macs(site.node), size)
+    bits = getattr(getattr(encoding, "values", encoding), "bits", 8 * size / prod(example_shape(site.weight)))
+    return Placed(site.path, str(encoding or "dense"), site.kind, _activations(site), node_macs(site.node), size, bits)
 
 
 def _chosen(site: Placed, lowering: Lowering) -> Placed:
     form, speed = lowering.chosen.get(site.path, ("", None))
-    return replace(site, form=form, speed=speed)
+    if site.encoding == "dense" or (speed or 0) >= MARGIN:
+        return replace(site, form=form, speed=speed)
+    rows, speeds, standard = lowering.rows.get(site.path, 1), lowering.speeds, not lowering.contrib
+    instead = nearest_fast(site.kind, site.bits, site.activations, rows=rows, speeds=speeds, standard=standard)
+    return replace(site, form=form, speed=speed, instead=instead)
+
+
+def _convolved(graph: ir.Graph) -> dict[str, str]:
+    """Name of a value → the convolution, named like its site, whose result it is, activation included."""
+    found: dict[str, str] = {}
+    for node in graph:
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type == "Conv":
+            found[str(node.outputs[0].name)] = str(node.name)
+        elif node.op_type in _ACTIVATIONS and source is not None and source.name in found:
+            found[str(node.outputs[0].name)] = found[source.name]
+    return found
+
+
+#: what ONNX Runtime fuses behind a convolution
+_ACTIVATIONS = {"Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu", "HardSigmoid"}
 
 
 def _activations(site: Site) -> str:
@@ -248,37 +269,9 @@ def _activations(site: Site) -> str:
     return str(source.args[1]) if "dynamic" in str(source.target) else "static"
 
 
-def _nbytes(value: ir.Value) -> int:
-    return int(value.const_value.nbytes) if value.const_value is not None else 0
-
-
 def _file_bytes(path: Path | None) -> int:
-    return sum(f.stat().st_size for f in path.parent.glob("*") if f.name in (MODEL, WEIGHTS)) if path else 0
+    return sum(f.stat().st_size for f in (path, path.parent / WEIGHTS)) if path else 0
 
 
 def _weight_bytes(model: ir.Model) -> int:
-    return sum(_nbytes(v) for v in model.graph.initializers.values())
-
-
-def _raw(value: ir.Value) -> np.ndarray[Any, Any]:
-    """A tensor's bytes in a dtype and shape that safetensors knows; ONNX reads the bytes, packed or not."""
-    tensor = value.const_value
-    assert tensor is not None
-    array = tensor.numpy()
-    if array.dtype.name in _SAFE:
-        return np.ascontiguousarray(array)
-    return np.frombuffer(tensor.tobytes(), dtype=np.uint8)
-
-
-_SAFE = {"float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"}
-
-
-def _offsets(file: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor lies in a safetensors file: (first byte, one past the last)."""
-    with file.open("rb") as stream:
-        header = int.from_bytes(stream.read(8), "little")
-        entries = json.loads(stream.read(header))
-    base = 8 + header
-    return {
-        n: (base + e["data_offsets"][0], base + e["data_offsets"][1]) for n, e in entries.items() if n != "__metadata__"
-    }
+    return sum(nbytes(v) for v in model.graph.initializers.values())

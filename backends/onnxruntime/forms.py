@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 MICROSOFT = "com.microsoft"
 #: block sizes the MatMulNBits kernel takes
 BLOCKS = (16, 32, 64, 128, 256)
+#: bits → block sizes that run with floating activations
+_FLOATING_BLOCKS = {3: BLOCKS, 4: BLOCKS}
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,22 @@ class Linear:
     shared: bool = False
 
 
+@dataclass(frozen=True)
+class Scheme:
+    """A scheme of `quantize`: its name, the bits of a weight, how inputs are rounded ("": not at all)."""
+
+    name: str
+    bits: int
+    activations: str
+
+
 class Form(Protocol):
     #: whether target="onnx" may use it
     standard: bool
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """Whose layers it runs; None for what any scheme falls back to."""
 
     def refusal(self, linear: Linear) -> str:
         """Why the form does not fit this layer, or ""."""
@@ -82,6 +97,7 @@ def _channel_scale(lowering: Lowering, linear: Linear) -> tuple[ir.Value, ir.Val
 
 class DynamicMatMul:
     standard = False
+    scheme = Scheme("W8A8-dynamic", 8, "tensor")
 
     def refusal(self, linear: Linear) -> str:
         if reason := _integer_refusal(linear):
@@ -98,6 +114,7 @@ class DynamicMatMul:
 
 class SharedMatMul:
     standard = False
+    scheme = Scheme("W8A8", 8, "static")
 
     def refusal(self, linear: Linear) -> str:
         return _integer_refusal(linear) or (
@@ -114,6 +131,7 @@ class SharedMatMul:
 
 class IntegerMatMul:
     standard = True
+    scheme = Scheme("W8A8-dynamic", 8, "token")
 
     def refusal(self, linear: Linear) -> str:
         return _integer_refusal(linear)
@@ -164,6 +182,7 @@ def _emit_blocks(lowering: Lowering, linear: Linear, x: ir.Value | None, bits: i
 
 class GroupMatMul:
     standard = False
+    scheme = Scheme("W4A8", 4, "group")
 
     def refusal(self, linear: Linear) -> str:
         if linear.quantiser is None or linear.code != "int8" or group_of(linear.granularity) != linear.stored.block:
@@ -178,11 +197,12 @@ class GroupMatMul:
 
 class BlockMatMul:
     standard = False
+    scheme = Scheme("W4A16", 4, "")
 
     def refusal(self, linear: Linear) -> str:
         if linear.quantiser is not None:
             return "at accuracy level 1 its activations are floating"
-        return _block_refusal(linear, {3: BLOCKS, 4: BLOCKS})
+        return _block_refusal(linear, _FLOATING_BLOCKS)
 
     def emit(self, lowering: Lowering, linear: Linear) -> ir.Value:
         return _emit_blocks(lowering, linear, linear.x, bits=4, level=1)
@@ -190,6 +210,7 @@ class BlockMatMul:
 
 class FoldedMatMul:
     standard = False
+    scheme = None
 
     def refusal(self, linear: Linear) -> str:
         return ""
@@ -201,6 +222,7 @@ class FoldedMatMul:
 
 class StoredMatMul:
     standard = True
+    scheme = None
 
     def refusal(self, linear: Linear) -> str:
         return ""
@@ -216,3 +238,8 @@ FORMS: dict[str, Form] = {
     form.__name__: form()
     for form in (DynamicMatMul, SharedMatMul, IntegerMatMul, GroupMatMul, BlockMatMul, StoredMatMul, FoldedMatMul)
 }
+
+
+def runs_as(name: str, linear: Linear) -> str:
+    """The form whose kernel ONNX Runtime runs: it fuses the DequantizeLinear of 4-bit blocks with their MatMul."""
+    return "BlockMatMul" if name == "StoredMatMul" and not _block_refusal(linear, _FLOATING_BLOCKS) else name

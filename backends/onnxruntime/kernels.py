@@ -14,8 +14,7 @@ import onnx
 import onnxruntime
 
 from ...compiler.backend import Row
-from .nearest import nearest_fast
-from .speeds import load_speeds
+from .speeds import MARGIN, load_speeds
 
 #: the fast integer kernels
 _INTEGER = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv"}
@@ -29,7 +28,11 @@ _PROFILE_RUNS = 5
 
 @dataclass(frozen=True)
 class Placed:
-    """A site of the program and what was chosen for it; `speed` is predicted, in multiples of the fp32 operator."""
+    """A site of the program and what was chosen for it.
+
+    `bits` are those of one weight; `speed` is predicted, in multiples of the fp32 operator; `instead` is the nearest
+    scheme with a fast kernel, where its own has none.
+    """
 
     path: str
     encoding: str
@@ -37,8 +40,10 @@ class Placed:
     activations: str
     macs: int
     bytes: int
+    bits: float = 32.0
     form: str = ""
     speed: float | None = None
+    instead: str = ""
 
 
 def explain_session(
@@ -46,8 +51,9 @@ def explain_session(
     options: onnxruntime.SessionOptions,
     sites: Sequence[Placed],
     feeds: Mapping[str, Any],
+    convolved: Mapping[str, str],
 ) -> list[Row]:
-    """Start a profiled session, run it, and look up every site in its optimised graph."""
+    """Start a profiled session, run it, and look up every site in its optimised graph; `convolved`: see `_by_site`."""
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         options.enable_profiling = True
@@ -57,7 +63,7 @@ def explain_session(
             session.run(None, dict(feeds))
         times = _node_times(Path(session.end_profiling()))
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
-    nodes, peaks = _by_site(graph, sites), load_speeds().peaks
+    nodes, peaks = _by_site(graph, sites, convolved), load_speeds().peaks
     return [_row(site, nodes.get(site.path), times, peaks) for site in sites if site.kind != "norm"]
 
 
@@ -71,32 +77,37 @@ def _node_times(profile: Path) -> dict[str, float]:
     return {name: sorted(durations)[len(durations) // 2] for name, durations in events.items()}
 
 
-def _by_site(graph: onnx.GraphProto, sites: Sequence[Placed]) -> dict[str, onnx.NodeProto]:
-    """Site → the node that reads its weight: by the node's name, else by the name of the stored tensor."""
+def _by_site(
+    graph: onnx.GraphProto, sites: Sequence[Placed], convolved: Mapping[str, str]
+) -> dict[str, onnx.NodeProto]:
+    """Site → the node that reads its weight: by the node's name, else by the name of the stored tensor.
+
+    ONNX Runtime lays a convolution's weight out anew and names the node after its result: `convolved` says of which
+    site each value is the result.
+    """
     kinds = {site.path: site.kind for site in sites}
     known = set(kinds)
     found: dict[str, onnx.NodeProto] = {}
     for node in graph.node:
         if node.op_type in (*_READERS, "Gather") and node.name in known:
             found.setdefault(node.name, node)
+    constant = {tensor.name for tensor in graph.initializer}
     decoded: dict[str, str] = {}  # value computed from stored arrays → the site they belong to
     for node in graph.node:
         owners = (decoded.get(i) or _owner(i, known) for i in node.input)
-        if node.domain == "com.microsoft.nchwc" and len(node.input) > 2:  # its weight has been laid out anew
-            owners = (_owner(i, known, ".bias") for i in node.input[2:])
-        owner = next((o for o in owners if o), None)
-        if owner is None:
-            continue
-        if node.op_type in _READERS or (node.op_type == "Gather" and kinds[owner] == "embedding"):
+        result = convolved.get(node.name.removesuffix("_nchwc")) if node.domain == "com.microsoft.nchwc" else None
+        owner = result or next((o for o in owners if o), None)
+        if all(i in constant for i in node.input if i):
+            constant.update(node.output)
+            decoded |= dict.fromkeys(node.output, owner) if owner else {}
+        elif owner and (node.op_type in _READERS or (node.op_type == "Gather" and kinds[owner] == "embedding")):
             found.setdefault(owner, node)
-        else:
-            decoded.update(dict.fromkeys(node.output, owner))
     return found
 
 
-def _owner(name: str, known: set[str], part: str = ".weight") -> str | None:
+def _owner(name: str, known: set[str]) -> str | None:
     """encoder.query.weight.codes → encoder.query, when that is a site."""
-    path, separator, _ = name.partition(part)
+    path, separator, _ = name.partition(".weight")
     return path if separator and path in known else None
 
 
@@ -106,22 +117,38 @@ def _row(site: Placed, node: onnx.NodeProto | None, times: Mapping[str, float], 
         return Row(site.path, site.encoding, "folded away or fused", False, note=note)
     kernel, fast, note = _describe(node, site)
     taken = times.get(node.name)
-    least = 0.0
-    if site.macs:
-        peak = peaks["int8" if fast else "fp32"]
-        least = max(2 * site.macs / peak, site.bytes / peaks["memory"]) / 1e6
-    return Row(site.path, site.encoding, kernel, fast, taken, note, site.speed, least / taken if taken else None)
+    peak = peaks["int8" if _on_integers(node) else "fp32"]
+    least = max(2 * site.macs / peak, site.bytes / peaks["memory"]) / 1e6 if site.macs else 0.0
+    share, instead = least / taken if taken else None, "" if fast else site.instead
+    return Row(site.path, site.encoding, kernel, fast, taken, note, site.speed, share, site.macs, instead)
+
+
+def predicted_rows(sites: Sequence[Placed]) -> list[Row]:
+    """What is known of the sites before anything runs."""
+    return [
+        Row(s.path, s.encoding, s.form, (s.speed or 0) >= MARGIN, predicted=s.speed, macs=s.macs, instead=s.instead)
+        for s in sites
+        if s.kind != "norm"
+    ]
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+
+def _on_integers(node: onnx.NodeProto) -> bool:
+    return node.op_type in _INTEGER or _attributes(node).get("accuracy_level") == 4
 
 
 def _describe(node: onnx.NodeProto, site: Placed) -> tuple[str, bool, str]:
     """(kernel, accelerated, note)"""
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     if node.op_type == "MatMulNBits":
-        bits, block = attributes["bits"], attributes["block_size"]
-        level = attributes.get("accuracy_level", 0)
+        attributes = _attributes(node)
+        level, fast = attributes.get("accuracy_level", 0), _on_integers(node) or (site.speed or 0) >= MARGIN
         activations = "int8 activations" if level == 4 else "floating activations"
-        kernel = f"MatMulNBits {bits} bit, block {block}, accuracy level {level} ({activations})"
-        return kernel, level == 4, "" if level == 4 else "packed in memory; floating activations, no speed-up claimed"
+        kernel = f"MatMulNBits {attributes['bits']} bit, block {attributes['block_size']}, accuracy level {level}"
+        note = "" if fast else "packed in memory; floating activations, no speed-up claimed"
+        return f"{kernel} ({activations})", fast, note
     if node.op_type in _INTEGER:
         return f"{node.op_type} (u8×s8, {_RANGES[site.activations]})", True, ""
     encoded = site.encoding != "dense"
@@ -130,9 +157,14 @@ def _describe(node: onnx.NodeProto, site: Placed) -> tuple[str, bool, str]:
     kernel = _FLOATING.get(node.op_type, node.op_type)
     if not encoded:
         return kernel, False, ""
+    return kernel, False, f"not accelerated: {_why_floating(site)}"
+
+
+def _why_floating(site: Placed) -> str:
     if site.encoding.startswith("NM(") and ("values=" not in site.encoding or "values=Dense" in site.encoding):
-        why = "ONNX Runtime has no n:m kernel, the zeros are stored and multiplied"
-    else:
-        why = "small on disk, decoded to fp32 when the session starts"
-    nearest = nearest_fast(site.kind, site.activations)
-    return kernel, False, f"not accelerated: {why}" + (f"; {nearest} has a fast kernel" if nearest else "")
+        return "ONNX Runtime has no n:m kernel, the zeros are stored and multiplied"
+    if site.kind == "conv" and site.activations == "static":
+        return "a convolution runs on integers only where its result is rounded in a known range too"
+    if site.kind == "conv" and site.activations:
+        return "a convolution runs on integers only between ranges known beforehand"
+    return "small on disk, decoded to fp32 when the session starts"

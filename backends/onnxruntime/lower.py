@@ -20,7 +20,7 @@ from onnx_ir import tape
 from ...compiler.dialect.activations import FLOATS, INTEGERS, UNSIGNED, group_of
 from ...compiler.encodings import parse_encoding
 from ...compiler.errors import LoweringError
-from .forms import FORMS, MICROSOFT, Linear
+from .forms import FORMS, MICROSOFT, Linear, runs_as
 from .integers import Integers, integers
 from .speeds import Speeds
 
@@ -133,7 +133,7 @@ class Lowering:
         linear = Linear(node, x, stored, bias, site, quantiser, code, granularity, shared)
         rows = self.rows.get(site, 1)
         name = self.speeds.fastest(self.fitting(linear), rows)
-        self.chosen[site] = name, self.speeds.of(name, rows)
+        self.chosen[site] = name, self.speeds.of(runs_as(name, linear), rows)
         self.replace(node, FORMS[name].emit(self, linear))
 
     def fitting(self, linear: Linear) -> list[str]:
@@ -352,7 +352,8 @@ class Lowering:
         if stored is None:
             value = self.constant(f"{site}.weight.dense", _dense(node).numpy())
         else:
-            # beside a static input stands the DequantizeLinear that ONNX Runtime fuses with it
+            # beside a static input stands the DequantizeLinear that ONNX Runtime fuses with it; a floating weight it
+            # would round anew, one range for the whole tensor
             fused = any(_reads_static(user) for user, _ in node.outputs[0].uses())
             weight = self.folded_weight if self.contrib and not fused else self.stored_weight
             value = weight(node, stored, site)

@@ -1,17 +1,26 @@
-"""Which scheme to use instead of one that has no fast kernel here."""
+"""Which scheme to use instead of one that has no fast kernel here: of those whose kernel is, the one most like it."""
 
 from __future__ import annotations
 
-#: scheme → the kinds of sites it makes faster, and how it rounds their inputs; the first that fits is nearest
-FAST = {
-    "W8A8-dynamic": (("linear",), ("", "tensor", "token")),
-    "W8A8": (("linear", "conv"), ("", "static", "tensor", "token")),
-}
+from .forms import FORMS
+from .speeds import MARGIN, Speeds
 
 
-def nearest_fast(kind: str, activations: str) -> str:
-    """The scheme with a fast kernel for sites of this kind that is nearest to one that rounds their inputs like this,
-    "static", "tensor", "token", in groups or not at all; nothing when there is none."""
-    activations = "token" if activations.startswith("group") else activations
-    fitting = (name for name, (kinds, modes) in FAST.items() if kind in kinds and activations in modes)
-    return next(fitting, "")
+def nearest_fast(kind: str, bits: float, activations: str, *, rows: int, speeds: Speeds, standard: bool) -> str:
+    """The scheme to propose for a site of this kind and `rows` rows, or "" where none is fast.
+
+    Nearest in the bits of a weight, then in how it rounds inputs: "static", "tensor", "token", "group32", "" (not at
+    all). `standard`: of schemes that need no com.microsoft operators.
+    """
+    if kind == "conv":  # no form of ours: ONNX Runtime fuses what stands between two static ranges
+        return "" if activations == "static" else "W8A8"
+    if kind != "linear":
+        return ""
+    mode = "group" if activations.startswith("group") else activations
+    schemes = (
+        form.scheme
+        for name, form in FORMS.items()
+        if form.scheme and form.standard >= standard and speeds.of(name, rows) >= MARGIN
+    )
+    ordered = sorted(schemes, key=lambda scheme: (abs(scheme.bits - bits), scheme.activations != mode))
+    return ordered[0].name if ordered else ""

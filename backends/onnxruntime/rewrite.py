@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
@@ -194,8 +195,82 @@ class GroupedHeads(Rule):
         return op.Attention(q, k, v, *node.inputs[3:], **node.attributes)
 
 
+class EmptyPad(Rule):
+    """A Pad by nothing is its input: what stands between a convolution and the rounding of its result keeps ONNX
+    Runtime from running it on integers."""
+
+    def pattern(self, op: Any, x: ir.Value, pads: ir.Value) -> Any:
+        return op.Pad(x, pads, _allow_other_inputs=True, _allow_other_attributes=True)
+
+    def check(self, context: Any, pads: ir.Value, **_: Any) -> MatchResult:
+        numbers = _numbers(pads)
+        return MatchResult() if numbers is not None and not any(numbers) else MatchResult().fail("it pads")
+
+    def rewrite(self, op: Any, x: ir.Value, **_: Any) -> Any:
+        return op.Identity(x)
+
+
+class PaddedConvolution(Rule):
+    """A convolution of codes pads them itself, each side by its own number: 0 has a code of its own."""
+
+    def pattern(self, op: Any, x: ir.Value, pads: ir.Value, scale: ir.Value, zero: ir.Value) -> Any:
+        padded = op.Pad(x, pads, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["padded"])
+        codes = op.QuantizeLinear(padded, scale, zero)
+        return op.Conv(
+            op.DequantizeLinear(codes, scale, zero),
+            _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["result"],
+        )  # fmt: skip
+
+    def check(self, context: Any, pads: ir.Value, padded: ir.Value, result: ir.Value, **_: Any) -> MatchResult:
+        node, convolution, numbers = padded.producer(), result.producer(), _numbers(pads)
+        assert node is not None and convolution is not None
+        filled = _number(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else 0.0
+        if filled != 0 or len(node.inputs) > 3 or _text(node, "mode") not in ("", "constant"):
+            return MatchResult().fail("it does not pad with zeros along the last axes")
+        if numbers is None or min(numbers) < 0 or any(numbers[side] for side in _outside(numbers)):
+            return MatchResult().fail("it does not widen the image by a known number of zeros")
+        if _text(convolution, "auto_pad") not in ("", "NOTSET"):
+            return MatchResult().fail("the convolution finds its pads itself")
+        return MatchResult()
+
+    def rewrite(
+        self, op: Any, x: ir.Value, pads: ir.Value, scale: ir.Value, zero: ir.Value, result: ir.Value, **_: Any
+    ) -> Any:
+        node, numbers = result.producer(), _numbers(pads)
+        assert node is not None and numbers is not None
+        sides = [int(n) for side, n in enumerate(numbers) if side not in _outside(numbers)]
+        own = node.attributes["pads"].as_ints() if "pads" in node.attributes else [0] * len(sides)
+        attributes = {**node.attributes, "pads": [a + b for a, b in zip(own, sides, strict=True)]}
+        values = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
+        padding = op.Conv(values, *node.inputs[1:], **attributes)
+        padding.producer().name = node.name  # of its site
+        return padding
+
+
+class SaturatedClip(Rule):
+    """Codes that end where a Clip does need no Clip: bit by bit the same."""
+
+    def pattern(self, op: Any, x: ir.Value, low: ir.Value, high: ir.Value, scale: ir.Value, zero: ir.Value) -> Any:
+        return op.QuantizeLinear(op.Clip(x, low, high), scale, zero)
+
+    def check(
+        self, context: Any, low: ir.Value, high: ir.Value, scale: ir.Value, zero: ir.Value, **_: Any
+    ) -> MatchResult:
+        bounds, step, middle = (_number(low), _number(high)), _number(scale), _number(zero)
+        if None in bounds or step is None or middle is None or zero.dtype != ir.DataType.UINT8:
+            return MatchResult().fail("its bounds or its codes are not known")
+        ends = [round(float(np.float32(b) / np.float32(step))) + middle for b in bounds]
+        return MatchResult() if ends[0] <= 0 and ends[1] >= 255 else MatchResult().fail("codes go beyond the bounds")
+
+    def rewrite(self, op: Any, x: ir.Value, scale: ir.Value, zero: ir.Value, **_: Any) -> Any:
+        return op.QuantizeLinear(x, scale, zero)
+
+
 #: in the order in which one makes room for the next
-_ORDER = (ResidualSum, RootMeanSquareNorm, GroupedHeads, Rotary, RotaryInside, HeadsInside)
+_ORDER = (
+    ResidualSum, RootMeanSquareNorm, GroupedHeads, Rotary, RotaryInside, HeadsInside,
+    EmptyPad, PaddedConvolution, SaturatedClip,
+)  # fmt: skip
 
 
 def rewrite(model: ir.Model) -> None:
@@ -215,6 +290,15 @@ def _not_split(name: str, whole: ir.Value, split: ir.Value) -> str:
     if before is None or after is None or len(before) != 3 or len(after) != 4 or before[:2] != after[:2]:
         return f"{name} is not [B, T, H·D] split to [B, T, H, D]"
     return "" if isinstance(after[2], int) and isinstance(after[3], int) else f"{name} has no fixed number of heads"
+
+
+def _text(node: ir.Node, name: str) -> str:
+    return node.attributes[name].as_string() if name in node.attributes else ""
+
+
+def _outside(pads: list[float]) -> tuple[int, ...]:
+    """Where the pads of all axes, begins before ends, speak of batch and channels."""
+    return (0, 1, len(pads) // 2, len(pads) // 2 + 1)
 
 
 def _rank(value: ir.Value) -> int:

@@ -19,8 +19,8 @@ from ...compiler.errors import OptionError
 from ...compiler.files import whole_file
 
 ROWS = (1, 16, 128)
-#: of equally exact forms, one that takes less memory is preferred to one that is faster by less than this
-_MARGIN = 1.25
+#: what counts as faster: of equally exact forms, one that takes less memory is preferred to one faster by less
+MARGIN = 1.25
 #: on two cores of an x86 CPU with AVX512-VNNI, 1024 × 1024, ONNX Runtime 1.31.1
 _MEASURED = {
     "DynamicMatMul": (2.5, 2.6, 3.7),
@@ -52,7 +52,7 @@ class Speeds:
     def fastest(self, forms: Sequence[str], rows: int) -> str:
         """Forms come in the order of the memory they take; the first that is nearly the fastest."""
         best = max(self.of(form, rows) for form in forms)
-        return next(form for form in forms if self.of(form, rows) * _MARGIN >= best)
+        return next(form for form in forms if self.of(form, rows) * MARGIN >= best)
 
     def save(self) -> Path:
         """Keep the table for later compilations on this machine, whole or not at all. Raises OptionError."""

@@ -190,16 +190,17 @@ def _explained(program: Program, error: Exception) -> LoweringError:
 
 
 def _name_axes(program: Program, model: ir.Model) -> None:
-    """Symbolic axes get readable names: "batch" for the first, "sequence" for the second, else input and axis."""
+    """Symbolic axes get readable names: "batch" for the first, "sequence" for the second, else input and axis; those
+    of a causal model "past" for the tokens of its cache and "total" for those of its mask."""
     renamed: dict[str, str] = {}
-    taken: set[str] = set()
+    causal = program.interface.cache is not None
     for value, opened in zip(model.graph.inputs, program.dynamic, strict=True):
         for axis in opened:
-            symbol = str(value.shape[axis])
-            wanted = {0: "batch", 1: "sequence"}.get(axis, f"{value.name}_{axis}")
-            if symbol not in renamed:
-                renamed[symbol] = wanted if wanted not in taken else f"{value.name}_{axis}"
-                taken.add(renamed[symbol])
+            wanted = {0: "batch", 1: "sequence", 2: "past" if causal else ""}.get(axis, "")
+            if causal and value.name == "attention_mask" and axis == 1:
+                wanted = "total"
+            free = wanted and (causal or wanted not in renamed.values())
+            renamed.setdefault(str(value.shape[axis]), wanted if free else f"{value.name}_{axis}")
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
     for value in values:
         if value.shape is not None and not value.shape.is_static():

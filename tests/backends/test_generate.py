@@ -171,6 +171,10 @@ def test_other_runtimes_find_their_names(llama, tmp_path):
         "input_ids", "attention_mask", "position_ids", *(f"past_key_values.{p}" for p in past)
     ]  # fmt: skip
     assert [o.name for o in session.get_outputs()] == ["logits", *(f"present.{p}" for p in past)]
+    axes = {i.name: i.shape for i in session.get_inputs()}
+    assert axes["input_ids"] == axes["position_ids"] == ["batch", "sequence"]
+    assert axes["attention_mask"] == ["batch", "total"]
+    assert all(axes[f"past_key_values.{p}"] == ["batch", 2, "past", 8] for p in past)
     ids, mask = prompt()
     want = reference(model, ids, mask, 4)
     held = {f"past_key_values.{p}": torch.zeros(2, 2, 0, 8).numpy() for p in past}
@@ -183,6 +187,18 @@ def test_other_runtimes_find_their_names(llama, tmp_path):
         fresh = torch.from_numpy(logits[:, -1:]).argmax(-1)
         text, mask = torch.cat([text, fresh], 1), torch.cat([mask, torch.ones_like(fresh)], 1)
     assert torch.equal(text, want)
+
+
+def test_a_prompt_needs_the_logits_of_its_last_token_alone(llama, refused):
+    model, whole = llama
+    ids, mask = prompt()
+    last = pc.compile(pc.CausalLM(model, logits_to_keep=1), verify=False)
+    logits = last(ids, attention_mask=mask)["logits"]
+    want = whole(ids, attention_mask=mask)["logits"]
+    torch.testing.assert_close(logits, want[:, -1:], rtol=1e-5, atol=1e-5)  # float32, other orders of sums
+    assert (want[:, -1] - want[:, -2]).abs().max() > 1e-2, "another token has other logits"
+    assert torch.equal(last.generate(ids, mask, max_new_tokens=20, eos_token_id=[]), reference(model, ids, mask))
+    refused(OptionError, "logits_to_keep=-1 is not possible", lambda: pc.CausalLM(model, logits_to_keep=-1))
 
 
 # -- passes, artifacts, sampling, errors ---------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -236,3 +237,24 @@ def test_every_activation_code_equals_the_reference(code: str, granularity: str)
 def test_low_bit_activations_equal_the_reference(net: Net, scheme: str) -> None:
     compiled = build(net, [f"quantize:{scheme},group_size=16"])
     torch.testing.assert_close(compiled(IDS), compiled.program(IDS), rtol=1e-3, atol=1e-3)
+
+
+def test_tensors_are_shared_with_the_session_and_not_copied(net: Net) -> None:
+    executable = build(net, [])._compiled().executable
+    session, seen = executable.session, {}
+
+    class Spy:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(session, name)
+
+        def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+            seen["in"], seen["out"] = feeds["ids"], session.run(names, feeds)[0]
+            return [seen["out"]]
+
+    executable.__dict__["session"] = Spy()
+    (result,) = executable.run([IDS])
+    assert seen["in"].ctypes.data == IDS.data_ptr()
+    assert seen["out"].ctypes.data == result.data_ptr() and not seen["out"].flags.owndata
+    apart = IDS.repeat(1, 2)[:, ::2]
+    executable.run([apart])
+    assert seen["in"].ctypes.data != apart.data_ptr(), "what is not in one piece is copied first"

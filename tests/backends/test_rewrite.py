@@ -1,5 +1,7 @@
 """Rewrite rules: equal results before and after, refusals with reasons, and a planted bug is caught."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -8,13 +10,17 @@ import pytest
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter import MatchingTracer
 from onnxscript.rewriter.pattern import RewriteRuleSet
+from paretoc.backends.onnxruntime import rewrite
 from paretoc.backends.onnxruntime.rewrite import (
+    EmptyPad,
     GroupedHeads,
     HeadsInside,
+    PaddedConvolution,
     ResidualSum,
     RootMeanSquareNorm,
     Rotary,
     RotaryInside,
+    SaturatedClip,
 )
 
 B, T, HEADS, WIDTH = 2, 5, 3, 4
@@ -266,3 +272,89 @@ def test_attention_repeats_no_keys() -> None:
 )
 def test_attention_with_other_keys_is_left_alone(text: str, reason: str) -> None:
     assert reason in _reason(GroupedHeads, text)
+
+
+# -- convolutions on codes -----------------------------------------------------------------------------------------
+
+
+def _padded(pads: str = "0, 0, 1, 0, 0, 0, 2, 1", fill: float = 0.0, own: str = "pads=[0, 1, 0, 1]") -> str:
+    return f"""g (float[B,3,6,5] x, float[4,3,2,3] w) => (float[B,4,R,S] y) {{
+    pads = Constant<value_ints=[{pads}]>()
+    fill = Constant<value_float={fill}>()
+    scale = Constant<value_float=0.03>()
+    zero = Constant<value=uint8 {{117}}>()
+    padded = Pad(x, pads, fill)
+    codes = QuantizeLinear(padded, scale, zero)
+    values = DequantizeLinear(codes, scale, zero)
+    y = Conv<{own}>(values, w)
+}}"""
+
+
+@pytest.mark.parametrize("own", ["pads=[0, 1, 0, 1]", "strides=[2, 1]"])
+def test_a_convolution_pads_its_codes_itself(own: str) -> None:
+    assert "Pad" not in _equal(PaddedConvolution, _padded(own=own))
+
+
+def test_a_padded_convolution_keeps_the_name_of_its_site() -> None:
+    model = _model(_padded())
+    model.graph.node[-1].name = "stem"
+    rewritten, _ = _applied(PaddedConvolution, model)
+    assert [node.name for node in rewritten.graph.node if node.op_type == "Conv"] == ["stem"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"fill": 1.0}, "zeros"),
+        ({"pads": "0, 0, -1, 0, 0, 0, 2, 1"}, "known number of zeros"),
+        ({"own": 'auto_pad="SAME_UPPER"'}, "finds its pads itself"),
+    ],
+)
+def test_a_padded_convolution_is_left_alone(options: dict[str, Any], reason: str) -> None:
+    assert reason in _reason(PaddedConvolution, _padded(**options))
+
+
+def test_pads_on_the_wrong_side_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrite, "_numbers", lambda value: [0, 0, 2, 1, 0, 0, 1, 0])
+    with pytest.raises(AssertionError):
+        _equal(PaddedConvolution, _padded())
+
+
+@pytest.mark.parametrize(("pads", "goes"), [("0, 0, 0, 0", True), ("0, 0, 0, 1", False)])
+def test_a_pad_by_nothing_goes(pads: str, goes: bool) -> None:
+    text = f"""g (float[B,12] x) => (float[B,R] y) {{
+    pads = Constant<value_ints=[{pads}]>()
+    padded = Pad(x, pads)
+    y = Relu(padded)
+}}"""
+    if goes:
+        assert "Pad" not in _equal(EmptyPad, text)
+    else:
+        assert "it pads" in _reason(EmptyPad, text)
+
+
+def _clipped(low: float, high: float, scale: float = 6 / 255, zero: int = 0) -> str:
+    return f"""g (float[B,12] x) => (uint8[B,12] y) {{
+    low = Constant<value_float={low}>()
+    high = Constant<value_float={high}>()
+    scale = Constant<value_float={scale}>()
+    zero = Constant<value=uint8 {{{zero}}}>()
+    ten = Constant<value_float=10.0>()
+    wide = Mul(x, ten)
+    clipped = Clip(wide, low, high)
+    y = QuantizeLinear(clipped, scale, zero)
+}}"""
+
+
+@pytest.mark.parametrize(("low", "high", "zero"), [(0.0, 6.0, 0), (-1.0, 7.0, 10), (0.0, 5.99, 0)])
+def test_codes_saturate_where_the_clip_does(low: float, high: float, zero: int) -> None:
+    assert "Clip" not in _equal(SaturatedClip, _clipped(low, high, zero=zero))
+
+
+@pytest.mark.parametrize(("low", "high", "zero"), [(0.0, 5.9, 0), (0.5, 6.0, 0), (0.0, 6.0, 10)])
+def test_a_clip_inside_the_codes_stays(low: float, high: float, zero: int) -> None:
+    """Each is one that the codes do not replace, as removing it shows."""
+    text = _clipped(low, high, zero=zero)
+    assert "beyond the bounds" in _reason(SaturatedClip, text)
+    bare = text.replace("QuantizeLinear(clipped", "QuantizeLinear(wide")
+    assert (_run(_model(text))[0] != _run(_model(bare))[0]).any()

@@ -180,3 +180,47 @@ def test_an_exported_file_stands_alone(compiled: pc.CompiledModel, tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
     got = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(["logits"], {"x": X.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(got), compiled(X)["logits"])
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> Path:
+    """An artifact of two models."""
+    plain = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    compiled = pc.compile(plain, [], example_inputs=X)
+    pc.save({0.5: compiled, "small": compiled}, tmp_path / "artifact")
+    return tmp_path / "artifact"
+
+
+def test_one_of_several_models(several: Path) -> None:
+    assert {p.name for p in several.iterdir()} == {
+        "weights.safetensors",
+        "manifest.json",
+        *(f"{kind}-{name}.{end}" for name in ("0.5", "small") for kind, end in (("model", "onnx"), ("report", "html"))),
+    }
+    assert (several / "weights.safetensors").stat().st_size < 1.1 * 4 * 64 * 72, "equal weights must be stored once"
+    first, second = pc.load(several, "small"), pc.load(several, 0.5)
+    assert torch.equal(first(X), second(X)) and first(X).shape == (2, 8)
+    assert pc.load(several, "0.5").report()["compiled"]["macs"] == first.report()["compiled"]["macs"]
+    with pytest.raises(pc.ArtifactError, match="it holds several models") as caught:
+        pc.load(several)
+    assert "name one of them: 0.5, small" in str(caught.value)
+    with pytest.raises(pc.ArtifactError, match="it holds no model 'smal'"):
+        pc.load(several, "smal")
+    (several / "model-small.onnx").write_bytes(b"")
+    with pytest.raises(pc.ArtifactError, match=r"'model-small\.onnx' is altered or truncated"):
+        pc.load(several, 0.5)
+
+
+def test_a_name_for_one_model_is_refused(artifact: Path) -> None:
+    with pytest.raises(pc.ArtifactError, match="it holds one model, without a name"):
+        pc.load(artifact, 0.5)
+
+
+def test_models_that_cannot_share_are_refused(compiled: pc.CompiledModel, tmp_path: Path) -> None:
+    other = pc.compile(Named().eval(), [], example_inputs=X, target="eager")
+    with pytest.raises(pc.OptionError, match="models for eager and onnxruntime cannot share"):
+        pc.save({"one": compiled, "two": other}, tmp_path / "artifact")
+    for name in ("", "../outside", "."):
+        with pytest.raises(pc.OptionError, match="cannot be the name of a model"):
+            pc.save({name: compiled}, tmp_path / "artifact")
+    assert list(tmp_path.iterdir()) == []
