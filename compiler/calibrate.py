@@ -75,6 +75,8 @@ def _flat(program: Program, call: tuple[tuple[Any, ...], dict[str, Any]], index:
                 where=where,
                 fix="convert the calibration data",
             )
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise CalibrationError(f"input {node.name!r} holds NaN", where=where, fix="clean the calibration data")
         fits = len(expected) == tensor.ndim and all(
             sizes.setdefault(str(size), tensor.shape[axis]) == tensor.shape[axis]
             if axis in opened
@@ -283,10 +285,10 @@ def steps(program: Program, batch: FlatBatch) -> Iterator[tuple[fx.Node, Any]]:
     runner = Observer(program.module, lambda *_: None)
     runner.args_iter = iter(batch)
     for node in program.graph.nodes:
-        runner.env[node] = runner.run_node(node)
-        yield node, runner.env[node]
+        value = runner.env[node] = runner.run_node(node)
         for read in runner.user_to_last_uses.get(node, ()):
             del runner.env[read]
+        yield node, value
 
 
 class Observer(fx.Interpreter):

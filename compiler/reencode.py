@@ -7,7 +7,7 @@ order and sees the inputs that the part already encoded produces.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from .encodings import NM, Dense, Encoding
 from .errors import PassError
 from .memory import trim
 from .passes import Context, PassResult, SitePass
-from .program import Program
+from .program import Program, describe
 from .protocols import NO_EVIDENCE, Adaptive, Evidence, Fitter, collected_warnings, fit
 from .sites import Site, weight_sites
 from .statistics import Statistic
@@ -166,6 +166,7 @@ def _store_with_data(
     stream = Stream(watch, ctx.batches)
     warnings: list[str] = []
     started: deque[tuple[Path | None, Jobs, Iterator[_Done]]] = deque()
+    skipped: list[fx.Node] = []
 
     def finish(ahead: int) -> None:
         """Wait until no more than so many of the groups are being fitted."""
@@ -185,15 +186,45 @@ def _store_with_data(
         if (stored := read(file)) is not None:
             stream.derive(place, statistics)  # while the weights are what they were then
             _encode(program, group, stored)
+            skipped.append(place)
             continue
+        while skipped:  # step by step, as the run that stored them did: each holds the weights that it runs
+            stream.advance(skipped.pop(0))
+            trim()
         found = stream.advance(place, statistics)
         trim()
+        _check_finite(found, place)
         evidence = [_combined(uses, found) for uses in wanted]
+        warnings += _doubts(group, evidence, statistics)
         started.append((file, group, ctx.start(partial(_fit, fitter), _tasks(program, group, evidence))))
         del found, evidence  # they may be as large as several layers
         finish(0 if ctx.executor is None or watch is program else _AHEAD)
     finish(0)
     return warnings
+
+
+def _check_finite(found: Mapping[Statistic, object], place: fx.Node) -> None:
+    for statistic, value in found.items():
+        if isinstance(value, Tensor) and not value.isfinite().all():
+            raise PassError(
+                f"{type(statistic).__name__} of the calibration data holds NaN or infinity",
+                where=describe(place),
+                fix="look for values that overflow in the calibration data, or in the model",
+            )
+
+
+def _doubts(group: Jobs, evidence: Sequence[Evidence], statistics: Sequence[Statistic]) -> list[str]:
+    """What makes the evidence of a weight a poor guide. What weights have in common is looked at once."""
+    of_kind = {type(s): s for s in statistics}
+    said: dict[int, str | None] = {}
+    texts = []
+    for (site, _), seen in zip(group, evidence, strict=True):
+        for kind, value in seen.items():
+            if id(value) not in said:
+                said[id(value)] = of_kind[kind].doubt(value)
+            if text := said[id(value)]:
+                texts.append(f"{site.path}: {text}")
+    return texts
 
 
 def _combined(uses: Sequence[Sequence[Statistic]], found: dict[Statistic, object]) -> Evidence:

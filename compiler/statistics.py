@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cholesky import singular
+
 
 @dataclass(frozen=True)
 class Derived:
@@ -56,6 +58,10 @@ class Statistic:
         if len(results) > 1:
             raise NotImplementedError(f"{type(self).__name__} of several nodes")
         return results[0]
+
+    def doubt(self, found: Any) -> str | None:
+        """Why what was found says less than it should, for the warnings of a pass; None when all is well."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -147,9 +153,10 @@ _UNFOLDED = 1 << 24
 @dataclass(frozen=True)
 class Hessian(Statistic):
     """Σ xᵀx over the rows that a weight multiplies, float64 `[groups, K, K]`: half the Hessian of the squared error
-    of the layer's output."""
+    of the layer's output. `ones` adds a last column of ones to the rows, which a bias multiplies."""
 
     window: Window | None = None
+    ones: bool = False
 
     def update(self, state: Any, *values: Tensor) -> Any:
         for part in zip(*self._parts(values), strict=True):
@@ -167,10 +174,16 @@ class Hessian(Statistic):
         return [torch.split(v, max(_UNFOLDED // max(unfolded, 1), 1)) for v in values]
 
     def rows(self, *values: Tensor) -> Tensor:
-        return rows_of(values[0].detach().float(), self.window)
+        rows = rows_of(values[0].detach().float(), self.window)
+        return F.pad(rows, (0, 1), value=1.0) if self.ones else rows
 
     def combine(self, results: Sequence[Any]) -> Any:
         return sum(results[1:], results[0])
+
+    def doubt(self, found: Any) -> str | None:
+        if not any(map(singular, found)):
+            return None
+        return "the Hessian of its inputs is singular: some follow from others; use more calibration data"
 
 
 @dataclass(frozen=True)
@@ -233,16 +246,19 @@ class AttentionReceived(Derived):
 
 @dataclass(frozen=True)
 class ChannelMean(Statistic):
-    """mean|x| of each input channel (last axis), float32 `[K]`."""
+    """mean|x| of each input channel (last axis), float32 `[K]`; with a window, of each column of a convolution, of
+    several groups `[groups, K]`."""
+
+    window: Window | None = None
 
     def update(self, state: Any, *values: Tensor) -> Any:
-        rows = values[0].detach().float().reshape(-1, values[0].shape[-1])
-        total, count = state or (torch.zeros(rows.shape[1], dtype=torch.float64), 0)
-        return total + rows.abs().sum(0, dtype=torch.float64), count + len(rows)
+        sizes = rows_of(values[0].detach().float(), self.window).abs()
+        total, count = state or (torch.zeros(len(sizes), sizes.shape[2], dtype=torch.float64), 0)
+        return total + sizes.sum(1, dtype=torch.float64), count + sizes.shape[1]
 
     def finish(self, state: Any) -> Any:
         total, count = state
-        return (total / count).float()
+        return (total / count).float().squeeze(0)
 
     def combine(self, results: Sequence[Any]) -> Any:
         return torch.stack(list(results)).mean(0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import paretoc as pc
 import pytest
 import torch
-from paretoc.compiler.errors import CalibrationError, CaptureError, OptionError
+from paretoc.compiler.cholesky import singular
+from paretoc.compiler.errors import CalibrationError, CaptureError, OptionError, PassError
 from paretoc.compiler.registry import registry
-from paretoc.passes.fit.obs import singular
 from torch import nn
 
 
@@ -43,9 +43,40 @@ def test_a_singular_hessian_is_damped_and_reported(reference, model, tokens, war
     """64 inputs of the first layer, 32 of the second."""
     compiled = reference(model, ["quantize:W4A16,fitter=gptq"], X[:2], calibration=[X[:tokens]])
     warnings = compiled.report(latency=False).passes[-1]["warnings"]
-    sentence = "the Hessian of its inputs is singular: 0.01 of the mean of its diagonal was added to it"
+    sentence = "the Hessian of its inputs is singular: some follow from others"
     assert [text.split("; ")[0] for text in warnings] == [f"{site}: {sentence}" for site in warned]
     assert torch.isfinite(compiled(X)).all()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "quantize:W4A16,fitter=adaround(iterations=2)",
+        pc.Quantize("W4A16", weights="Sum(Affine(4), LowRank(2))", fitter="lowrank"),
+        pc.Quantize("W4A16", weights="Additive(1, 4, 4)", fitter="additive"),
+        "nupes:bits=4",
+    ],
+    ids=["adaround", "lowrank", "additive", "nupes"],
+)
+def test_every_fitter_reports_a_singular_hessian(reference, model, step):
+    warnings = [
+        reference(model, [step], X[:2], calibration=[X[:tokens]]).report(latency=False).passes[-1]["warnings"]
+        for tokens in (20, 300)
+    ]
+    assert [sum("is singular" in text for text in each) for each in warnings] == [2, 0]
+
+
+def test_calibration_data_that_are_no_numbers(reference, model, refused):
+    bad = X[:20].clone()
+    bad[3, 4] = torch.nan
+    call = lambda: reference(model, ["quantize:W8A8"], X[:2], calibration=[X[:20], bad])  # noqa: E731
+    assert "calibration batch 1" in refused(CalibrationError, "holds NaN", call).where
+
+
+def test_inputs_that_overflow_name_the_layer(reference, model, refused):
+    call = lambda: reference(model, ["quantize:W4A16,fitter=gptq"], X[:2], calibration=[X * 1e30])  # noqa: E731
+    error = refused(PassError, "Hessian of the calibration data holds NaN or infinity", call)
+    assert "node" in error.where and "overflow" in error.fix
 
 
 def test_what_is_singular():

@@ -102,8 +102,10 @@ class Affine(Scaled):
         return codes * parameters["scale"].unsqueeze(-1)
 
     def store(self, codes: Tensor, parameters: Parameters, shape: Shape) -> Arrays:
-        flat = codes.reshape(shape[0], -1) + (self.offset if self.symmetric else 0)
-        arrays = {"codes": pack(flat.to(torch.uint8), self.bits)} | SCALES[self.scale].pack(parameters)
+        flat = codes.reshape(shape[0], -1)
+        # modulo 256 in one byte: of a large weight each copy counts
+        unsigned = flat.to(torch.int8).view(torch.uint8) + self.offset if self.symmetric else flat.to(torch.uint8)
+        arrays = {"codes": pack(unsigned, self.bits)} | SCALES[self.scale].pack(parameters)
         if not self.symmetric:
             zero = parameters["zero"]
             arrays["zero"] = zero.contiguous() if self.zero == "float" else pack(zero.to(torch.uint8), self.bits)

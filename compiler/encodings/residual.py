@@ -136,3 +136,10 @@ def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     right = left.T @ matrix  # σ times the right vectors
     root = right.norm(dim=-1).sqrt()
     return left * root, right / torch.where(root > 0, root, 1.0).unsqueeze(-1)
+
+
+def energies(matrix: Tensor) -> Tensor:
+    """M `[O, I]`, float64 → its squared singular values, largest first; a rank loses the sum of those behind it."""
+    thin = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    squares: Tensor = torch.linalg.eigvalsh(thin @ thin.T)
+    return squares.clamp(min=0).flip(0)

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...compiler.cholesky import inverse_factor
 from ...compiler.encodings import Arrays, Encoding, Parameters, Scaled
 from ...compiler.errors import OptionError
 from ...compiler.program import example_shape
@@ -22,10 +23,10 @@ from ...compiler.sites import Site, attention_of
 from ...compiler.statistics import AttentionReceived, Derived, Hessian, Statistic, WeightedHessian
 from .matrix import Matrix, refusal
 from .mse import best_shrink
-from .obs import inverse_factor, singular, sweep
+from .obs import sweep
 
 #: weights that are swept together
-_SWEPT = 1 << 24
+_SWEPT = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,6 @@ class Gptq:
         whole = self.static_groups or self.act_order or matrix.whole
         grams = matrix.grams(evidence)
         fixed = self._search(matrix.values, matrix.grouped, _costs(matrix, grams)) if whole else None
-        dependent = any(singular(gram) for _, gram in grams)
         codes = torch.zeros_like(matrix.dense)
         for rows, gram in grams:
             order = gram.diagonal().argsort(descending=True, stable=True) if self.act_order else None
@@ -101,11 +101,8 @@ class Gptq:
             for some in _slices(rows, gram.shape[0]):
                 parts.append(_Rounding(self, matrix, some, fixed, codes[some]))
                 self._sweep(parts[-1], factor, order)
-        if damping > self.damp or dependent:
-            warn(
-                f"the Hessian of its inputs is singular: {damping:.3g} of the mean of its diagonal was added to it; "
-                "use more calibration data"
-            )
+        if damping > self.damp:
+            warn(f"{damping:.3g} of the mean of the diagonal of the Hessian was added to it, to invert it")
         return matrix.store(codes, _joined(parts) if fixed is None else fixed)
 
     def _sweep(self, rounding: _Rounding, factor: Tensor, order: Tensor | None) -> None:
@@ -127,7 +124,7 @@ class Gptq:
 
 
 def _slices(rows: slice, width: int) -> list[slice]:
-    """Rows that are swept together: their float64 copy takes 128 MiB at most."""
+    """Rows that are swept together: their float64 copy takes 64 MiB at most."""
     step = max(_SWEPT // width, 1)
     return [slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
 

@@ -12,13 +12,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...compiler.cholesky import inverse_factor
 from ...compiler.encodings import Arrays, Encoding, LowRank, Sum
 from ...compiler.encodings.residual import factors
 from ...compiler.protocols import NO_EVIDENCE, Evidence, Fitter, found
 from ...compiler.registry import registry
 from ...compiler.sites import Site
 from ...compiler.statistics import Hessian, Statistic
-from .obs import inverse_factor
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,15 @@ class LowRankFit:
 
 def weighed_factors(matrix: Tensor, hessian: Tensor, rank: int, damp: float) -> tuple[Tensor, Tensor]:
     """M `[O, K]`, H `[K, K]`, both float64 → u `[O, rank]`, v `[rank, K]`, whose product is nearest to M under H."""
-    mean = hessian.diagonal().mean().clamp(min=torch.finfo(hessian.dtype).tiny)  # so that u and v are of one size
-    upper = inverse_factor(hessian / mean, damp)[0].flip(0, 1)  # R⁻¹
-    u, v = factors(torch.linalg.solve_triangular(upper, matrix, upper=True, left=False), rank)
+    white, upper = whitened(matrix, hessian, damp)
+    u, v = factors(white, rank)
     return u, v @ upper
+
+
+def whitened(matrix: Tensor, hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """M `[O, K]`, H `[K, K]`, both float64 → M·R `[O, K]` and R⁻¹ `[K, K]`, R·Rᵀ = H / mean(diag H) + damp·I."""
+    mean = hessian.diagonal().mean().clamp(min=torch.finfo(hessian.dtype).tiny)  # so that u and v are of one size
+    damped = hessian / mean
+    damped.diagonal().add_(damp)
+    upper = inverse_factor(damped, 0.0)[0].flip(0, 1)
+    return torch.linalg.solve_triangular(upper, matrix, upper=True, left=False), upper

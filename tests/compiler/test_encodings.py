@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from paretoc.compiler.encodings import (
     NM,
     Affine,
+    Codebook,
     Dense,
+    Float,
     parse_encoding,
     register_encoding,
     registered_encodings,
@@ -303,6 +305,28 @@ def test_the_layout_and_the_bytes_are_those_really_stored(encoding, shape):
     assert list(arrays) == list(layout)
     assert {k: (tuple(v.shape), v.dtype) for k, v in arrays.items()} == layout
     assert encoding.nbytes(shape) == sum(len(a.contiguous().view(torch.uint8).flatten()) for a in arrays.values())
+
+
+#: more bits: less error, at any size of group
+FAMILIES = {
+    "symmetric": [lambda group, bits=bits: Affine(bits, group) for bits in (2, 3, 4, 6, 8)],
+    "asymmetric": [lambda group, bits=bits: Affine(bits, group, symmetric=False) for bits in (2, 3, 4, 6, 8)],
+    "float": [lambda group, name=name: Float(name, group) for name in ("e2m1", "e2m2", "e2m3", "e2m4")],
+    "codebook": [lambda group, bits=bits: Codebook(bits, group) for bits in (2, 3, 4)],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_error_falls_with_more_bits_and_with_smaller_groups(family, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(32, 128, generator=generator) * torch.randn(32, 128, generator=generator).abs()
+
+    def error(encoding):
+        return float((encoding.decode(encoding.encode(weight), tuple(weight.shape)) - weight).square().mean())
+
+    errors = torch.tensor([[error(make(group)) for group in (16, 32, 64, 0)] for make in FAMILIES[family]])
+    assert (errors.diff(dim=0) < 0).all() and (errors.diff(dim=1) > 0).all()
 
 
 @quick

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paretoc.compiler.cholesky import inverse_factor
 from paretoc.compiler.encodings import NF4, NM, Additive, Affine, Binary, Codebook, Dense, Float, Nested, Ternary
 from paretoc.compiler.errors import CalibrationError, OptionError, PassError
 from paretoc.compiler.protocols import Fitter
@@ -16,7 +17,7 @@ from paretoc.compiler.registry import registry
 from paretoc.compiler.sites import weight_sites
 from paretoc.compiler.statistics import Hessian, WeightedHessian, Window
 from paretoc.passes.fit import Gptq, Rtn
-from paretoc.passes.fit.obs import inverse_factor, sweep
+from paretoc.passes.fit.obs import sweep
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -396,6 +397,7 @@ def test_weighted_tokens_gain_and_the_others_lose():
     uniform, rsq = (Gptq().fit(encoding, weight, e) for e in (evidence(x), weighted))
     on = lambda arrays, rows: output_error(encoding, arrays, weight, rows)  # noqa: E731
     assert on(rsq, x[important]) < 0.7 * on(uniform, x[important])
+    assert on(uniform, x[important]) < 0.7 * on(encoding.encode(weight), x[important])
     assert on(rsq, x) > 1.1 * on(uniform, x)
 
 
@@ -521,13 +523,13 @@ def test_a_singular_hessian_is_a_warning_of_the_pass(reference, executor):
     )
     warnings = bad.report(latency=False).passes[-1]["warnings"]
     assert [w.split(":")[0] for w in warnings] == ["layers.0", "layers.1", "layers.2"]
-    assert "the Hessian of its inputs is singular: 0.01 of the mean of its diagonal was added" in warnings[0]
+    assert "the Hessian of its inputs is singular" in warnings[0]
     assert good.report(latency=False).passes[-1]["warnings"] == []
     assert torch.isfinite(bad(x)).all()
 
 
 def test_outside_of_a_pass_the_warning_is_an_ordinary_one():
-    with pytest.warns(UserWarning, match="was added to it; use more calibration data"):
+    with pytest.warns(UserWarning, match="of the mean of the diagonal of the Hessian was added to it"):
         Gptq(damp=0.0).fit(Affine(4), torch.randn(2, 8), evidence(torch.randn(3, 8)))
 
 
