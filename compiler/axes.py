@@ -160,6 +160,10 @@ class Axes(Sequence[Axis]):
         """The axes of one dimension of a value that parameters hold too."""
         return [self._of_atom[a] for a in dict.fromkeys(atoms(self._walk.dims[node][dim])) if a in self._of_atom]
 
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """The shape of a value, at the example inputs, with the sizes that the axes have now."""
+        return tuple(map(size, self._walk.dims[node]))
+
     def holders(self, axis: Axis) -> Iterator[tuple[fx.Node, int]]:
         """Every dimension of every value and parameter along which an axis runs, in graph order."""
         return ((node, dim) for node, dim, atom in self._places() if atom is axis.atom)

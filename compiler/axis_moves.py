@@ -8,7 +8,8 @@ Sources as in `axes`. Slicing an axis that is free for "zero" is exact for a mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -64,6 +65,19 @@ def slice_all(program: Program, kept: Mapping[Axis, Tensor | Sequence[int]]) -> 
     for literal in dict.fromkeys(literal for axis in orders for literal in axis.literals):
         literal.renew()
     program.refresh()
+
+
+@contextmanager
+def resized(widths: Mapping[Axis, int]) -> Iterator[None]:
+    """In here, `Axes.shape` tells what shapes would be if these axes had so many channels."""
+    before = {axis: axis.size for axis in widths}
+    try:
+        for axis, width in widths.items():
+            axis.atom.extent = width
+        yield
+    finally:
+        for axis, width in before.items():
+            axis.atom.extent = width
 
 
 def _check_slice(program: Program, axis: Axis, order: Tensor) -> None:

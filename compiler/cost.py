@@ -38,18 +38,18 @@ def cost(program: Program) -> Cost:
     )
 
 
-def node_macs(node: fx.Node) -> int:
+def node_macs(node: fx.Node, shape: Callable[[fx.Node], tuple[int, ...]] = example_shape) -> int:
     """Multiply–accumulates of one node at the example inputs; 0 for everything that is not a matrix product."""
     if node.target in LINEAR:
-        return prod(example_shape(node)) * example_shape(operands(node)[1])[-1]
+        return prod(shape(node)) * shape(operands(node)[1])[-1]
     if node.target in CONV:
-        return prod(example_shape(node)) * prod(example_shape(operands(node)[1])[1:])
+        return prod(shape(node)) * prod(shape(operands(node)[1])[1:])
     if node.target in SDPA:
-        query, value = example_shape(operands(node)[0]), example_shape(operands(node)[2])
+        query, value = shape(operands(node)[0]), shape(operands(node)[2])
         return prod(query) * value[-2] + prod(query[:-1]) * value[-2] * value[-1]
     if node.target in _MATMULS:
         left = operands(node)[1] if node.target in (aten.addmm.default, aten.baddbmm.default) else operands(node)[0]
-        return prod(example_shape(node)) * example_shape(left)[-1]
+        return prod(shape(node)) * shape(left)[-1]
     return 0
 
 

@@ -12,6 +12,7 @@ import pluggy
 if TYPE_CHECKING:
     from .backend import Backend
     from .encodings import Encoding
+    from .importance import Criterion
     from .passes import Pass, PassResult
     from .program import Program
     from .protocols import Fitter, TokenRule
@@ -33,6 +34,11 @@ def paretoc_encodings() -> list[type[Encoding]]:  # type: ignore[empty-body]
 @spec
 def paretoc_fitters() -> list[Fitter]:  # type: ignore[empty-body]
     """Fitters: how stored values are chosen; each is found by its `name`."""
+
+
+@spec
+def paretoc_criteria() -> list[Criterion]:  # type: ignore[empty-body]
+    """Criteria: what each channel of an axis is worth; each is found by its `name`."""
 
 
 @spec

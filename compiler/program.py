@@ -309,6 +309,11 @@ class Program:
         names = dict.fromkeys(str(n.target) for n in self.graph.nodes if n.op == "get_attr")
         return {name: self.get(name) for name in names}
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every stored tensor, a tied weight under each name that it has in the original model."""
+        stored = self.weights()
+        return stored | {name: stored[first] for name, first in self.state_names.items() if first in stored}
+
     def attribute(self, name: str, value: Tensor, *, before: fx.Node) -> fx.Node:
         """Store `value` under `name` and return a `get_attr` node for it, placed before `before`."""
         self.set(name, value)
@@ -351,8 +356,9 @@ class Program:
 
     def stored_arrays(self, node: fx.Node) -> dict[str, Tensor]:
         """The named arrays an encoded weight is stored as."""
-        prefix = str(node.meta["parameter"]) + "."
-        return {str(a.target).removeprefix(prefix): self.get(str(a.target)) for a in operands(node)[0]}
+        arrays, encoding, shape = operands(node)[:3]
+        layout = parse_encoding(str(encoding)).layout(tuple(shape))
+        return {name: self.get(str(array.target)) for name, array in zip(layout, arrays, strict=True)}
 
     def encode(self, weight: fx.Node, encoding: Encoding, arrays: Mapping[str, Tensor]) -> fx.Node:
         """Replace a weight operand, at all its consumers, by `decode(arrays)`; returns the decode node."""
@@ -363,9 +369,10 @@ class Program:
             )
         weight.replace_all_uses_with(decode)
         for stale in [weight, *weight.all_input_nodes]:
-            self.graph.erase_node(stale)
-            if stale.op == "get_attr":
-                self.unset(str(stale.target))
+            if not stale.users:  # an array may be shared with other weights
+                self.graph.erase_node(stale)
+                if stale.op == "get_attr":
+                    self.unset(str(stale.target))
         order = encoding.layout(tuple(value.shape))
         stored = [self.attribute(f"{name}.{key}", arrays[key], before=decode) for key in order]
         decode.update_arg(0, stored)
@@ -381,7 +388,8 @@ class Program:
         weight.meta["val"] = self.fake(value)
         decode.replace_all_uses_with(weight)
         for stale in (decode, *arrays):
-            self.graph.erase_node(stale)
+            if not stale.users:
+                self.graph.erase_node(stale)
         return weight
 
 

@@ -18,6 +18,7 @@ import pluggy
 from . import hookspecs
 from .encodings import Encoding, register_encoding
 from .errors import OptionError, PluginError, did_you_mean
+from .importance import Criterion
 from .passes import Pass
 from .protocols import Fitter, TokenRule
 
@@ -47,6 +48,7 @@ class Registry:
         self.passes = self._collect("paretoc_passes", lambda cls: cls.name)
         self.encodings = self._collect("paretoc_encodings", lambda cls: cls.__name__)
         self.fitters = self._collect("paretoc_fitters", lambda fitter: fitter.name)
+        self.criteria = self._collect("paretoc_criteria", lambda criterion: criterion.name)
         self.token_rules = self._collect("paretoc_token_rules", lambda rule: rule.name)
         self.backends = self._collect("paretoc_backends", lambda backend: backend.name)
         for cls in self.encodings.values():
@@ -109,9 +111,16 @@ class Registry:
 
     def fitter(self, text: str) -> Fitter:
         """A fitter by name, or by name and options: "gptq(act_order=True)"."""
+        return self._with_options("fitter", self.fitters, text)  # type: ignore[no-any-return]
+
+    def criterion(self, text: str) -> Criterion:
+        """A criterion by name, or by name and options: "random(seed=1)"."""
+        return self._with_options("criterion", self.criteria, text)  # type: ignore[no-any-return]
+
+    def _with_options(self, kind: str, table: dict[str, Any], text: str) -> Any:
         name, bracket, _ = text.partition("(")
-        fitter = self.find("fitter", self.fitters, name.strip(), "fitter=")
-        return _with_options(fitter, text) if bracket else fitter  # type: ignore[no-any-return]
+        item = self.find(kind, table, name.strip(), f"{kind}=")
+        return _with_options(kind, item, text) if bracket else item
 
     def token_rule(self, name: str) -> TokenRule:
         return self.find("token rule", self.token_rules, name, "rule=")  # type: ignore[no-any-return]
@@ -123,25 +132,25 @@ class Registry:
         return self.find("encoding", self.encodings, name, "encoding")  # type: ignore[no-any-return]
 
 
-def _with_options(fitter: Any, text: str) -> Any:
+def _with_options(kind: str, item: Any, text: str) -> Any:
     """Only literals: nothing is executed."""
-    names = [f.name for f in dataclasses.fields(fitter)]
+    names = [f.name for f in dataclasses.fields(item)]
     try:
         call = ast.parse(text, mode="eval").body
         assert isinstance(call, ast.Call) and not call.args
         options = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     except (SyntaxError, ValueError, AssertionError) as error:
         raise OptionError(
-            f"{text!r} is not a fitter", where="fitter=", fix=f"write it like {fitter.name}(option=value)"
+            f"{text!r} is not a {kind}", where=f"{kind}=", fix=f"write it like {item.name}(option=value)"
         ) from error
     unknown = next((name for name in options if name not in names), None)
     if unknown is not None:
         raise OptionError(
-            f"the fitter {fitter.name!r} has no option {unknown!r}",
-            where="fitter=",
+            f"the {kind} {item.name!r} has no option {unknown!r}",
+            where=f"{kind}=",
             fix=did_you_mean(unknown, names) if names else "it has none",
         )
-    return dataclasses.replace(fitter, **options)
+    return dataclasses.replace(item, **options)
 
 
 def _built_in_first(entry_point: importlib.metadata.EntryPoint) -> tuple[bool, str, str]:

@@ -49,9 +49,6 @@ class Sensitivity:
         `sites` (default: all) share the budget. Raises OptionError when even the smallest candidates take more, or
         when a site was not measured.
         """
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
-
         sites = list(self.weights) if sites is None else list(sites)
         if unknown := [site for site in sites if site not in self.weights]:
             raise OptionError(
@@ -59,32 +56,19 @@ class Sensitivity:
                 where="spending the budget",
                 fix="measure it with the same targets=, or leave sensitivity= out",
             )
-        losses = [loss for loss in self.losses if loss.site in set(sites)]
-        size = [8 * loss.bytes for loss in losses]
+        candidates = [[loss for loss in self.losses if loss.site == site] for site in sites]
+        sizes = [[8 * loss.bytes for loss in offered] for offered in candidates]
         count = sum(self.weights[site] for site in sites)
-        budget = effective_bits * count
-        smallest: dict[str, int] = {}
-        for loss, bits in zip(losses, size, strict=True):
-            smallest[loss.site] = min(bits, smallest.get(loss.site, bits))
-        least = sum(smallest.values())
-        if least > budget:
+        least = sum(map(min, sizes))
+        if least > effective_bits * count:
             raise OptionError(
                 f"the smallest candidates take {least / count:.2f} bits a weight, "
                 f"more than effective_bits={effective_bits}",
                 where="spending the budget",
                 fix="raise effective_bits, or offer smaller candidates",
             )
-        row = {site: index for index, site in enumerate(sites)}
-        places = [row[loss.site] for loss in losses], range(len(losses))
-        one_each = csr_array(([1.0] * len(losses), places), shape=(len(sites), len(losses)))
-        found = milp(
-            [loss.error for loss in losses],
-            integrality=[1] * len(losses),
-            bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint([size], ub=budget)],
-        )
-        chosen = [loss for loss, share in zip(losses, found.x, strict=True) if share > 0.5]
-        return {loss.site: parse_encoding(loss.encoding) for loss in chosen}
+        chosen = knapsack([[loss.error for loss in offered] for offered in candidates], sizes, effective_bits * count)
+        return {s: parse_encoding(o[i].encoding) for s, o, i in zip(sites, candidates, chosen, strict=True)}
 
     def effective_bits(self, chosen: Mapping[str, Encoding]) -> float:
         """Stored bits a weight of an allocation."""
@@ -129,6 +113,23 @@ class Sensitivity:
         return cls(losses, dict(values["weights"]), str(values["data"]))
 
 
+def knapsack(losses: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], budget: float) -> list[int]:
+    """One candidate for each item, of least total loss within a budget of sizes that can be met: their indices."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import block_diag
+
+    one_each = block_diag([[[1.0] * len(offered)] for offered in losses], format="csr")
+    loss, size = ([value for offered in table for value in offered] for table in (losses, sizes))
+    found = milp(
+        loss,
+        integrality=[1] * len(loss),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint([size], ub=budget)],
+    )
+    taken = iter(share > 0.5 for share in found.x)
+    return [[next(taken) for _ in offered].index(True) for offered in losses]
+
+
 def split(batches: Sequence[FlatBatch]) -> tuple[list[FlatBatch], list[FlatBatch]]:
     """(batches to fit on, batches to measure on): every fourth is held out, the last one at least.
 
@@ -158,8 +159,7 @@ def measure_losses(
     """
     fitted, held = split(batches)
     trial = program.clone()
-    outputs = [n for n in trial.outputs if n.op == "call_function" and n.meta["val"].is_floating_point()]
-    values = [_Values(n.name) for n in dict.fromkeys(outputs)]
+    values = OutputValues.of(trial)
     want = Stream(trial, held).advance(trial.placeholders[-1], values)
     nodes = {n.name: n for n in trial.graph.nodes}
     fitting, running = Stream(program, fitted), Stream(trial, held)
@@ -176,7 +176,7 @@ def measure_losses(
             stored = fitter.fit(encoding, weight, evidence)
             trial.set(name, encoding.decode(stored, tuple(weight.shape)).to(weight.dtype))
             got = running.advance(running.place, values)
-            losses.append(Loss(site.path, str(encoding), encoding.nbytes(tuple(weight.shape)), _error(want, got)))
+            losses.append(Loss(site.path, str(encoding), encoding.nbytes(tuple(weight.shape)), output_error(want, got)))
         trial.set(name, weight)
         weights[site.path] = prod(weight.shape)
     samples = sum(b[0].shape[0] if b and b[0].ndim else 1 for b in held)
@@ -184,14 +184,20 @@ def measure_losses(
 
 
 @dataclass(frozen=True)
-class _Values(Statistic):
+class OutputValues(Statistic):
     """The values themselves, one for each batch."""
+
+    @classmethod
+    def of(cls, program: Program) -> list[OutputValues]:
+        """Of every floating output that is computed."""
+        outputs = [n for n in program.outputs if n.op == "call_function" and n.meta["val"].is_floating_point()]
+        return [cls(n.name) for n in dict.fromkeys(outputs)]
 
     def update(self, state: Any, *values: Tensor) -> Any:
         return [*(state or []), values[0].detach().clone()]
 
 
-def _error(want: Mapping[Statistic, list[Tensor]], got: Mapping[Statistic, list[Tensor]]) -> float:
+def output_error(want: Mapping[Statistic, list[Tensor]], got: Mapping[Statistic, list[Tensor]]) -> float:
     """Σ‖ŷ − y‖² / Σ‖y‖² over batches, the mean over outputs."""
     shares = []
     for output, exact in want.items():

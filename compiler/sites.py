@@ -122,17 +122,17 @@ class Block:
 
 def weight_sites(program: Program) -> list[Site]:
     """Every operator that reads a weight, in graph order."""
-    sites = []
-    for node in program.graph.nodes:
-        kind = _KINDS.get(node.target) if node.op == "call_function" else None
-        if kind is None:
-            continue
-        weight = _weight_operand(node, kind)
-        name = program.weight_name(weight)
-        if name is None or not isinstance(weight, fx.Node):
-            continue
-        sites.append(Site(kind, node, name.rpartition(".")[0], weight, module_class(node)))
-    return sites
+    return [site for node in program.graph.nodes if (site := site_of(program, node)) is not None]
+
+
+def site_of(program: Program, node: fx.Node) -> Site | None:
+    """The site of an operator; None when it reads no weight."""
+    kind = _KINDS.get(node.target) if isinstance(node.target, torch._ops.OpOverload) else None
+    weight = None if kind is None else _weight_operand(node, kind)
+    name = program.weight_name(weight)
+    if kind is None or name is None or not isinstance(weight, fx.Node):
+        return None
+    return Site(kind, node, name.rpartition(".")[0], weight, module_class(node))
 
 
 def _weight_operand(node: fx.Node, kind: str) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from ..compiler.hookspecs import hook
+from ..compiler.importance import Activation, Criterion, Magnitude, Obs, Random, Taylor
 from ..compiler.passes import Pass
 from ..compiler.protocols import Fitter, TokenRule
 from .canonicalize import Canonicalize
 from .correct_bias import CorrectBias
 from .fit import AdaRound, AdditiveFit, Awq, Gptq, Hqq, KMeans, LowRankFit, Mse, Rtn
+from .low_rank import Factorize
 from .merge_models import MergeModels
 from .prune_nm import PruneNM
+from .prune_width import PruneWidth
 from .quantize import Quantize
 from .quantize_cache import QuantizeCache
 from .reconstruct import Reconstruct
@@ -21,10 +24,12 @@ from .token_rules import Keep, Merge
 __all__ = [
     "Canonicalize",
     "CorrectBias",
+    "Factorize",
     "MergeModels",
     "MergeTokens",
     "PruneNM",
     "PruneTokens",
+    "PruneWidth",
     "Quantize",
     "QuantizeCache",
     "Reconstruct",
@@ -37,14 +42,19 @@ __all__ = [
 @hook
 def paretoc_passes() -> list[type[Pass]]:
     return [
-        *(Canonicalize, MergeModels, PruneNM, Rotate, Smooth, Quantize, QuantizeCache, CorrectBias),
-        *(Reconstruct, ReduceTokens, MergeTokens, PruneTokens),
+        *(Canonicalize, MergeModels, PruneNM, PruneWidth, Rotate, Smooth, Quantize, QuantizeCache, CorrectBias),
+        *(Factorize, Reconstruct, ReduceTokens, MergeTokens, PruneTokens),
     ]
 
 
 @hook
 def paretoc_fitters() -> list[Fitter]:
     return [Rtn(), Mse(), Hqq(), Gptq(), Awq(), AdaRound(), KMeans(), AdditiveFit(), LowRankFit()]
+
+
+@hook
+def paretoc_criteria() -> list[Criterion]:
+    return [Magnitude(), Activation(), Taylor(), Obs(), Random()]
 
 
 @hook

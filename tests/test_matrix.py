@@ -36,7 +36,7 @@ from paretoc.compiler.program import Program
 from paretoc.compiler.protocols import Fitter, fit, refusal
 from paretoc.compiler.registry import registry
 from paretoc.compiler.sites import weight_sites
-from paretoc.plugins import ClusteredCodebook, Power
+from paretoc.plugins import ClusteredCodebook, Folded, Power
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -96,6 +96,7 @@ ENCODINGS: list[Encoding] = [
     Power(3, 0.3),
     ClusteredCodebook(3, 4),
     ClusteredCodebook(2, 2, "scale"),
+    Folded(300, 40, 0.5),
 ]
 #: those that learn step by step are stopped early
 FITTERS = {"adaround": "adaround(iterations=20)", "nupes": "nupes(rounds=1)", "additive": "additive(rounds=2)"}

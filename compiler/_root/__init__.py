@@ -12,7 +12,9 @@ _PUBLIC = {
     "compile": "driver",
     "CompiledModel": "driver",
     "load": "artifact",
+    "save": "driver",
     "capture": "capture",
+    "rebuild": "plain",
     "CausalLM": "causal",
     "Program": "program",
     "Pass": "passes",
@@ -89,10 +91,12 @@ _PUBLIC = {
 _PASSES = (
     "Canonicalize",
     "CorrectBias",
+    "Factorize",
     "MergeModels",
     "MergeTokens",
     "PruneNM",
     "PruneTokens",
+    "PruneWidth",
     "Quantize",
     "QuantizeCache",
     "Reconstruct",
@@ -114,6 +118,7 @@ if TYPE_CHECKING:
     from paretoc.compiler.causal import CausalLM as CausalLM
     from paretoc.compiler.driver import CompiledModel as CompiledModel
     from paretoc.compiler.driver import compile as compile
+    from paretoc.compiler.driver import save as save
     from paretoc.compiler.encodings import NF4 as NF4
     from paretoc.compiler.encodings import NM as NM
     from paretoc.compiler.encodings import Additive as Additive
@@ -155,6 +160,7 @@ if TYPE_CHECKING:
     from paretoc.compiler.passes import PassResult as PassResult
     from paretoc.compiler.passes import Phase as Phase
     from paretoc.compiler.passes import SitePass as SitePass
+    from paretoc.compiler.plain import rebuild as rebuild
     from paretoc.compiler.program import Program as Program
     from paretoc.compiler.protocols import Adaptive as Adaptive
     from paretoc.compiler.protocols import DataFree as DataFree
@@ -179,10 +185,12 @@ if TYPE_CHECKING:
     from paretoc.compiler.statistics import WeightedHessian as WeightedHessian
     from paretoc.passes import Canonicalize as Canonicalize
     from paretoc.passes import CorrectBias as CorrectBias
+    from paretoc.passes import Factorize as Factorize
     from paretoc.passes import MergeModels as MergeModels
     from paretoc.passes import MergeTokens as MergeTokens
     from paretoc.passes import PruneNM as PruneNM
     from paretoc.passes import PruneTokens as PruneTokens
+    from paretoc.passes import PruneWidth as PruneWidth
     from paretoc.passes import Quantize as Quantize
     from paretoc.passes import QuantizeCache as QuantizeCache
     from paretoc.passes import Reconstruct as Reconstruct

@@ -1,0 +1,138 @@
+"""Width pruning without training: ResNet-20 on CIFAR-10 and MiniLM on STS-B, every criterion, with and without refit.
+
+    python benchmarks/width.py resnet | tune | minilm | speed
+
+`tune` trains the pruned ResNet-20 for a few epochs on 4000 images in plain PyTorch; `speed` compares the latency of
+pruned MiniLMs on ONNX Runtime with their multiply–accumulates.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import paretoc as pc
+import torch
+from _models import Resnet, arguments, cifar, data_folder, interleaved
+from _quality import Sentences, compiled_by
+from paretoc.compiler.cost import cost
+from safetensors.torch import load_file
+from torch import Tensor
+
+CRITERIA = ("hessian", "activation", "taylor", "magnitude", "random")
+MINILM = {
+    "FFN width 75 %": "prune_width:0.75,axes=hidden",
+    "FFN width 50 %": "prune_width:0.5,axes=hidden",
+    "heads 75 %": "prune_width:0.75,axes=heads",
+}
+
+
+def resnet(folder: Path) -> tuple[torch.nn.Module, list[Tensor]]:
+    """ResNet-20 and 256 calibration images in batches."""
+    model = Resnet(20).eval()
+    model.load_state_dict(load_file(folder / "resnet20_cifar10.safetensors"))
+    return model, list(cifar(folder, "calib")[0][:256].split(64))
+
+
+def right(run: Any, images: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([run(x).argmax(-1) for x in images.split(250)]) == labels
+
+
+def paired(got: Tensor, before: Tensor) -> str:
+    change = (got.float() - before.float()) * 100
+    interval = 1.96 * float(change.std()) / len(change) ** 0.5
+    return f"{got.float().mean():.4f}  {change.mean():+.2f} ± {interval:.2f} points"
+
+
+def pruned(model: torch.nn.Module, recipe: str, batches: Any) -> pc.CompiledModel:
+    return pc.compile(model, [recipe], calibration=batches, target="eager", verify=False, progress=False)
+
+
+def share(compiled: pc.CompiledModel) -> float:
+    return cost(compiled.program).macs / cost(compiled.original).macs
+
+
+def run_resnet(folder: Path, count: int, criteria: list[str]) -> None:
+    model, batches = resnet(folder)
+    images, labels = (data[:count] for data in cifar(folder, "dev"))
+    before = right(model, images, labels)
+    print(f"ResNet-20, {count} test images, fp32 {before.float().mean():.4f}; change paired, 95 %", flush=True)
+    for left in (0.7, 0.5):
+        for criterion in criteria:
+            for refit in ("false", "true"):
+                recipe = f"prune_width:macs={left},criterion={criterion},refit={refit},round_to=2"
+                compiled = pruned(model, recipe, batches)
+                got = right(compiled, images, labels)
+                print(f"{criterion:10s} refit={refit:5s} MACs {share(compiled):.3f}  {paired(got, before)}", flush=True)
+
+
+def run_tune(folder: Path, count: int, criteria: list[str], epochs: int = 3, rate: float = 1e-3) -> None:
+    model, batches = resnet(folder)
+    images, labels = (data[:count] for data in cifar(folder, "dev"))
+    x, y = cifar(folder, "calib")
+    before = right(model, images, labels)
+    for left in (0.7, 0.5):
+        compiled = pruned(model, f"prune_width:macs={left},criterion={criteria[0]},round_to=2", batches)
+        net = compiled.module()
+        print(f"MACs {share(compiled):.3f}, before training {paired(right(net, images, labels), before)}", flush=True)
+        optimizer = torch.optim.Adam(net.parameters(), rate)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * len(x.split(64)))
+        generator = torch.Generator().manual_seed(0)
+        for epoch in range(epochs):
+            for chosen in torch.randperm(len(x), generator=generator).split(64):
+                inputs = augmented(x[chosen], generator)
+                with torch.no_grad():
+                    teacher = model(inputs).softmax(-1)
+                logits = net(inputs)
+                loss = torch.nn.functional.cross_entropy(logits, y[chosen])
+                loss = loss + 4 * torch.nn.functional.cross_entropy(logits, teacher)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            print(f"  epoch {epoch + 1}: {paired(right(net, images, labels), before)}", flush=True)
+
+
+def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the images mirrored, all moved by up to two pixels."""
+    x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(3), x)
+    down, right = torch.randint(-2, 3, (2,), generator=generator).tolist()
+    return torch.nn.functional.pad(x, (2, 2, 2, 2))[:, :, 2 + down : 34 + down, 2 + right : 34 + right]
+
+
+def run_minilm(folder: Path, count: int, criteria: list[str]) -> None:
+    bench = Sentences(folder)
+    bench.first, bench.second, bench.scores = bench.first[:count], bench.second[:count], bench.scores[:count]
+    print(f"{bench.title}; {len(bench.scores)} pairs, fp32 {bench.spearman(bench.reference):.4f}", flush=True)
+    for title, recipe in MINILM.items():
+        for criterion in criteria:
+            for refit in ("false", "true"):
+                compiled = compiled_by(bench, [f"{recipe},criterion={criterion},refit={refit}"])
+                name, score = f"{title}  {criterion:10s} refit={refit:5s}", bench.show(bench.score(compiled))
+                print(f"{name} MACs {share(compiled):.3f}  {score}", flush=True)
+
+
+def run_speed(folder: Path, count: int, criteria: list[str]) -> None:
+    bench = Sentences(folder)
+    ids = torch.randint(1000, 30000, (8, 128), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    whole = pc.compile(bench.model, [], example_inputs=inputs)
+    for title, recipe in MINILM.items():
+        narrow = pc.compile(bench.model, [f"{recipe},criterion=magnitude,refit=false"], example_inputs=inputs)
+        times = interleaved({"whole": lambda: whole(**inputs), "narrow": lambda n=narrow: n(**inputs)}, count)
+        medians, minima = (times["narrow"][i] / times["whole"][i] for i in (0, 1))
+        print(
+            f"{title}: MACs {share(narrow):.3f}, latency {medians:.3f} of medians, {minima:.3f} of minima", flush=True
+        )
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__)
+    parser.add_argument("part", choices=("resnet", "tune", "minilm", "speed"))
+    parser.add_argument("--count", type=int, default=4000, help="images, pairs of sentences, or timed runs")
+    parser.add_argument("--criteria", nargs="*", default=list(CRITERIA))
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    parts = {"resnet": run_resnet, "tune": run_tune, "minilm": run_minilm, "speed": run_speed}
+    parts[chosen.part](data_folder(chosen.data), chosen.count, chosen.criteria)

@@ -1,0 +1,93 @@
+"""A rewritten program as ordinary PyTorch: a module to train, and its weights in a `transformers` model again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .axis_walk import WEIGHTED
+from .errors import PassError
+from .program import Program
+
+#: fields of a config: the width of a feed-forward, and numbers of heads
+_WIDTHS = ("intermediate_size", "ffn_dim", "hidden_dim", "d_ff", "n_inner")
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+
+
+class PlainModule(nn.Module):
+    """Called like the original model; parameters and buffers have its names, and train in any loop."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        own = program.clone()
+        read = {str(n.target): n.users for n in own.graph.nodes if n.op == "get_attr"}
+        for name, users in read.items():
+            value = own.get(name).detach().clone()
+            own.set(name, value)
+            weight = name in own.state_names or any(user.target in WEIGHTED for user in users)
+            if weight and value.is_floating_point():
+                *path, leaf = name.split(".")
+                owner = own.module.get_submodule(".".join(path))
+                delattr(owner, leaf)
+                owner.register_parameter(leaf, nn.Parameter(value))
+        self._program = [own]  # in a list: its graph module is no submodule, the modules in that are
+        for name, child in own.module.named_children():
+            self.add_module(name, child)
+        for name, parameter in own.module.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in own.module.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        (program,) = self._program
+        return program.interface.unflatten(program.module(*program.interface.flatten(args, kwargs)))
+
+
+def rebuild(model: Any, state: Mapping[str, Tensor]) -> Any:
+    """A `transformers` model of the same class whose weights are `state`: its config has the widths of these.
+
+    Raises PassError where a config cannot say them: layers of different widths, or fewer heads where the width of one
+    follows from their number.
+    """
+    old = model.state_dict()
+    config = copy.deepcopy(model.config)
+    for name, value in state.items():
+        for before, after in zip(old[name].shape, value.shape, strict=True) if name in old else ():
+            if before != after:
+                _resize(config, model.config, name, before, after)
+    fresh = type(model)(config).to(next(iter(old.values())).dtype).train(model.training)
+    wanted = fresh.state_dict()
+    given = {name: state.get(name, old.get(name)) for name in wanted}
+    stranger = (name for name in state if name not in given and name not in dict(model.named_buffers()))
+    wrong = next(stranger, None) or next((n for n, value in given.items() if value.shape != wanted[n].shape), None)
+    if wrong is not None:
+        raise _refusal(f"{wrong!r} of the program does not fit the model that its widths give")
+    fresh.load_state_dict(given)
+    return fresh
+
+
+def _resize(config: Any, old: Any, name: str, before: int, after: int) -> None:
+    head = getattr(old, "head_dim", None) or old.hidden_size // old.num_attention_heads
+    changed = {field: after for field in _WIDTHS if getattr(old, field, None) == before}
+    counts = [field for field in _HEADS if getattr(old, field, 0) * head == before]
+    if not changed and counts:
+        if not hasattr(old, "head_dim"):
+            raise _refusal(f"{type(old).__name__} has no head_dim beside its number of heads, for {name!r}")
+        changed = dict.fromkeys(counts, after // head) | {"head_dim": head}
+    if not changed:
+        raise _refusal(f"no field of {type(old).__name__} is the width {before} of {name!r}")
+    for field, width in changed.items():
+        if getattr(config, field) not in (getattr(old, field), width):
+            raise _refusal(f"its layers have the widths {getattr(config, field)} and {width}, and one {field}")
+        setattr(config, field, width)
+
+
+def _refusal(what: str) -> PassError:
+    return PassError(
+        f"the widths cannot be written in a config: {what}",
+        where="putting pruned weights into a transformers model",
+        fix="prune with ratio= and axes=hidden, or use CompiledModel.module(), which needs no config",
+    )
