@@ -171,6 +171,9 @@ def _recurrent(w: Walk, node: fx.Node) -> Any:
     if len(x) != 3 or len(weights) != layers * directions * count:  # no batch, or an LSTM with a projection
         return unknown(w, node)
     hidden = w.broadcast(node, [w.of(state)[-1:] for state in states])[0]
+    for state in states:  # [layers and directions, B, H]
+        w.pin(w.of(state)[:1], node, "it numbers the layers and directions")
+        w.same(w.of(state)[1], x[0 if batch_first else 1], node)
     ways = fresh(directions, w.every("it numbers the directions", node))
     for start in range(0, len(weights), count):
         read = x[2] if start < directions * count else ways + hidden

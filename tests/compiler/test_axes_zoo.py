@@ -45,3 +45,10 @@ def test_what_is_called_free_is_free(name: str) -> None:
     program = checks.captured(model, inputs, dynamic_shapes=None if name in OPEN else {})
     assert checks.unsound(program) == {}
     assert find_axes(program).coverage() >= COVERAGE.get(name, 0.4)
+
+
+def test_the_first_states_of_a_recurrence_have_its_batch() -> None:
+    """Captured with a fixed batch they are constants of that size, which nothing may cut."""
+    program = checks.captured(*ARCHITECTURES["lstm"](), dynamic_shapes={})
+    states = [axis for axis in find_axes(program) for use in axis.uses if use.parameter.startswith("constants.")]
+    assert states and all(axis.readers for axis in states if axis.free("slice"))

@@ -155,7 +155,7 @@ def test_the_text_form_of_token_passes_reads_back(built):
 
 MISTAKES = {
     "an unknown pass": ("quantise:W8A8", "there is no pass called 'quantise'", "did you mean 'quantize'"),
-    "nothing like a pass": ("zzz", "there is no pass called 'zzz'", "known: aqlm"),
+    "nothing like a pass": ("zzz", "there is no pass called 'zzz'", "known: adaptive_computation, aqlm"),
     "an unknown option": (
         "quantize:W8A8,fiter=rtn",
         "pass 'quantize' has no option 'fiter'",
