@@ -185,7 +185,8 @@ class Stream:
 
     def advance(self, place: fx.Node, statistics: Sequence[Statistic] = ()) -> dict[Statistic, Any]:
         """Run every batch up to and with `place`, and gather. A statistic may look beyond it, at nodes that then
-        run again. Raises PassError when one looks at a value that nothing later reads and that is gone."""
+        run again. Raises PassError when one looks at a value that nothing later reads and that is gone, or comes to
+        NaN or infinity."""
         reduction = Reduction(statistics, self.derived)
         watched = [self._node(name) for name in reduction.watched]
         place, last = max(self.place, place), max([self.place, place, *watched])
@@ -201,7 +202,9 @@ class Stream:
                 self._run(dict(values), place, last, reduction, constants)
                 _check_complete(reduction, place)
         self.place = place
-        return reduction.finish()
+        found = reduction.finish()
+        _check_finite(found, place)
+        return found
 
     def derive(self, place: fx.Node, statistics: Sequence[Statistic]) -> None:
         """Compute what the statistics derive, as `advance` would; gather nothing."""
@@ -268,6 +271,16 @@ class _Derivation(Statistic):
 def _is_fixed(node: fx.Node) -> bool:
     """Whether the value of a node is the same for every batch."""
     return not any(n.op == "placeholder" for n in (node, *walk_inputs(node)))
+
+
+def _check_finite(found: Mapping[Statistic, Any], place: fx.Node) -> None:
+    for statistic, value in found.items():
+        if isinstance(value, Tensor) and not value.isfinite().all():
+            raise PassError(
+                f"{type(statistic).__name__} of the calibration data holds NaN or infinity",
+                where=describe(place),
+                fix="look for values that overflow in the calibration data, or in the model",
+            )
 
 
 def _check_complete(reduction: Reduction, place: fx.Node) -> None:

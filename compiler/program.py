@@ -11,6 +11,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -67,14 +68,14 @@ class Interface:
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         """Arrange a call the way the model was captured: positionals and keywords are interchangeable."""
-        captured_args, captured_kwargs = self._captured_names()
+        captured_args, captured_kwargs = self._captured_names
         if len(args) > len(self.parameters):
             raise OptionError(
                 f"the model takes {len(self.parameters)} arguments ({', '.join(self.parameters)}), got {len(args)}",
                 where="calling the compiled model",
                 fix="call it as the original was called when it was captured",
             )
-        given = self._constants() | dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
+        given = self._constants | dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
         given = given if self.cache is None else self.cache.complete(given)
         missing = [n for n in (*captured_args, *captured_kwargs) if n not in given]
         known = {*captured_args, *captured_kwargs}
@@ -88,23 +89,34 @@ class Interface:
             )
         return tuple(given[n] for n in captured_args), {n: given[n] for n in captured_kwargs}
 
+    @cached_property
     def _constants(self) -> dict[str, Any]:
         """The arguments that hold no tensor, by name: a call may leave them out."""
         args, kwargs = pytree.tree_unflatten(list(range(len(self.leaves))), self.in_spec)
-        places = dict(zip(self._captured_names()[0], args, strict=True)) | kwargs
+        places = dict(zip(self._captured_names[0], args, strict=True)) | kwargs
         return {
             name: pytree.tree_map(lambda i: self.leaves[i][1], place)
             for name, place in places.items()
             if all(self.leaves[i][0] == "constant" for i in pytree.tree_leaves(place))
         }
 
+    @cached_property
     def _captured_names(self) -> tuple[list[str], list[str]]:
         args_spec, kwargs_spec = self.in_spec.children()
         return list(self.parameters[: args_spec.num_children]), list(kwargs_spec.context)
 
+    @cached_property
+    def _bare(self) -> bool:
+        """No argument is a container, as in most models: calls need not walk trees."""
+        return all(leaf.is_leaf() for child in self.in_spec.children() for leaf in child.children())
+
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The user's arguments → the graph's tensor inputs, in order."""
-        values, spec = pytree.tree_flatten(_arranged(self.bind(args, kwargs), self.in_spec))
+        bound = self.bind(args, kwargs)
+        if self._bare:
+            values, spec = [*bound[0], *bound[1].values()], self.in_spec
+        else:
+            values, spec = pytree.tree_flatten(_arranged(bound, self.in_spec))
         if spec != self.in_spec:
             raise OptionError(
                 f"the inputs have the structure {_one_line(spec)}, the captured ones {_one_line(self.in_spec)}",

@@ -7,7 +7,7 @@ order and sees the inputs that the part already encoded produces.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from .encodings import NM, Dense, Encoding
 from .errors import PassError
 from .memory import trim
 from .passes import Context, PassResult, SitePass
-from .program import Program, describe
+from .program import Program
 from .protocols import NO_EVIDENCE, Adaptive, Evidence, Fitter, collected_warnings, fit
 from .sites import Site, weight_sites
 from .statistics import Statistic
@@ -193,7 +193,6 @@ def _store_with_data(
             trim()
         found = stream.advance(place, statistics)
         trim()
-        _check_finite(found, place)
         evidence = [_combined(uses, found) for uses in wanted]
         warnings += _doubts(group, evidence, statistics)
         started.append((file, group, ctx.start(partial(_fit, fitter), _tasks(program, group, evidence))))
@@ -201,16 +200,6 @@ def _store_with_data(
         finish(0 if ctx.executor is None or watch is program else _AHEAD)
     finish(0)
     return warnings
-
-
-def _check_finite(found: Mapping[Statistic, object], place: fx.Node) -> None:
-    for statistic, value in found.items():
-        if isinstance(value, Tensor) and not value.isfinite().all():
-            raise PassError(
-                f"{type(statistic).__name__} of the calibration data holds NaN or infinity",
-                where=describe(place),
-                fix="look for values that overflow in the calibration data, or in the model",
-            )
 
 
 def _doubts(group: Jobs, evidence: Sequence[Evidence], statistics: Sequence[Statistic]) -> list[str]:

@@ -73,8 +73,9 @@ def test_calibration_data_that_are_no_numbers(reference, model, refused):
     assert "calibration batch 1" in refused(CalibrationError, "holds NaN", call).where
 
 
-def test_inputs_that_overflow_name_the_layer(reference, model, refused):
-    call = lambda: reference(model, ["quantize:W4A16,fitter=gptq"], X[:2], calibration=[X * 1e30])  # noqa: E731
+@pytest.mark.parametrize("step", ["quantize:W4A16,fitter=gptq", "low_rank:0.5"])
+def test_inputs_that_overflow_name_the_layer(reference, model, refused, step):
+    call = lambda: reference(model, [step], X[:2], calibration=[X * 1e30])  # noqa: E731
     error = refused(PassError, "Hessian of the calibration data holds NaN or infinity", call)
     assert "node" in error.where and "overflow" in error.fix
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as hf
 from paretoc.backends.onnxruntime.forms import FORMS
+from paretoc.backends.onnxruntime.projections import JOINT
 from paretoc.backends.onnxruntime.speeds import Speeds
 from torch import nn
 
@@ -244,7 +245,7 @@ def census(compiled: pc.CompiledModel, folder: Path) -> tuple[int, int, int]:
         elif node.op_type in INTEGER:
             integers += 1
         elif node.op_type == "MatMulNBits":
-            packed += 1
+            packed += len(node.name.split(JOINT))
         elif node.op_type in FLOAT and node.input[1] in known:
             floats += 1
     return integers, packed, floats

@@ -22,6 +22,7 @@ from ...compiler.causal import Cache
 from ...compiler.cost import node_macs
 from ...compiler.errors import ArtifactError, LoweringError, OptionError
 from ...compiler.inline import inline_decode
+from ...compiler.patches import linear_patches
 from ...compiler.program import Program, argument, example_shape, operands
 from ...compiler.sites import Site, weight_sites
 from ...compiler.sums import split_sums
@@ -57,6 +58,7 @@ class OnnxExecutable:
     @classmethod
     def from_program(cls, program: Program, *, target: str, options: Mapping[str, Any]) -> OnnxExecutable:
         program = program.clone()
+        linear_patches(program)
         found = weight_sites(program)
         rows = {s.path: prod(example_shape(s.node)[:-1]) for s in found if s.kind == "linear"}
         sites = [_placed(program, s) for s in found]

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 
 from ...compiler.backend import Row
+from .projections import JOINT
 from .speeds import MARGIN, load_speeds
 
 #: the fast integer kernels
@@ -64,7 +65,17 @@ def explain_session(
         times = _node_times(Path(session.end_profiling()))
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
     nodes, peaks = _by_site(graph, sites, convolved), load_speeds().peaks
-    return [_row(site, nodes.get(site.path), times, peaks) for site in sites if site.kind != "norm"]
+    work: dict[str, int] = defaultdict(int)  # of all sites that a node runs
+    for site in sites:
+        if site.path in nodes:
+            work[nodes[site.path].name] += site.macs
+    times = {site.path: _share(times, work, nodes[site.path].name, site.macs) for site in sites if site.path in nodes}
+    return [_row(site, nodes.get(site.path), times.get(site.path), peaks) for site in sites if site.kind != "norm"]
+
+
+def _share(times: Mapping[str, float], work: Mapping[str, int], name: str, macs: int) -> float | None:
+    """The time of a node that falls to a site with so many of its MACs."""
+    return times[name] * (macs / work[name] if work[name] else 1.0) if name in times else None
 
 
 def _node_times(profile: Path) -> dict[str, float]:
@@ -89,8 +100,10 @@ def _by_site(
     known = set(kinds)
     found: dict[str, onnx.NodeProto] = {}
     for node in graph.node:
-        if node.op_type in (*_READERS, "Gather") and node.name in known:
-            found.setdefault(node.name, node)
+        if node.op_type in (*_READERS, "Gather"):
+            for name in node.name.split(JOINT):
+                if name in known:
+                    found.setdefault(name, node)
     constant = {tensor.name for tensor in graph.initializer}
     decoded: dict[str, str] = {}  # value computed from stored arrays → the site they belong to
     for node in graph.node:
@@ -111,12 +124,11 @@ def _owner(name: str, known: set[str]) -> str | None:
     return path if separator and path in known else None
 
 
-def _row(site: Placed, node: onnx.NodeProto | None, times: Mapping[str, float], peaks: Mapping[str, float]) -> Row:
+def _row(site: Placed, node: onnx.NodeProto | None, taken: float | None, peaks: Mapping[str, float]) -> Row:
     if node is None:
         note = "no node of the optimised graph reads its weight"
         return Row(site.path, site.encoding, "folded away or fused", False, note=note)
     kernel, fast, note = _describe(node, site)
-    taken = times.get(node.name)
     peak = peaks["int8" if _on_integers(node) else "fp32"]
     least = max(2 * site.macs / peak, site.bytes / peaks["memory"]) / 1e6 if site.macs else 0.0
     share, instead = least / taken if taken else None, "" if fast else site.instead

@@ -22,6 +22,7 @@ from ...compiler.encodings import parse_encoding
 from ...compiler.errors import LoweringError
 from .forms import FORMS, MICROSOFT, Linear, runs_as
 from .integers import Integers, integers
+from .projections import merge_projections
 from .speeds import Speeds
 
 #: which input of an operator is its weight
@@ -64,6 +65,7 @@ class Lowering:
                 rules[node.op_type](node)
             if node.graph is not None:
                 node.graph.remove(node, safe=True)
+        merge_projections(self)
         self.model.opset_imports.pop("paretoc", None)
         if any(n.domain == MICROSOFT for n in self.model.graph):
             self.model.opset_imports[MICROSOFT] = 1
