@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from .capture import as_call
 from .errors import CalibrationError, ParetocError, PassError
+from .memory import trim
 from .program import Program, describe
 from .sites import walk_inputs
 from .statistics import Derived, Statistic
@@ -201,8 +202,9 @@ class Stream:
                 self._run(values, self.place, place, reduction, constants)
                 self._run(dict(values), place, last, reduction, constants)
                 _check_complete(reduction, place)
-        self.place = place
-        found = reduction.finish()
+        self.place, found = place, reduction.finish()
+        constants.clear()
+        trim()
         _check_finite(found, place)
         return found
 
@@ -275,7 +277,8 @@ def _is_fixed(node: fx.Node) -> bool:
 
 def _check_finite(found: Mapping[Statistic, Any], place: fx.Node) -> None:
     for statistic, value in found.items():
-        if isinstance(value, Tensor) and not value.isfinite().all():
+        # one that is not finite makes the sum so; isfinite() would take as much memory as the value
+        if isinstance(value, Tensor) and not value.sum(dtype=torch.float64).isfinite():
             raise PassError(
                 f"{type(statistic).__name__} of the calibration data holds NaN or infinity",
                 where=describe(place),

@@ -190,9 +190,7 @@ def _store_with_data(
             continue
         while skipped:  # step by step, as the run that stored them did: each holds the weights that it runs
             stream.advance(skipped.pop(0))
-            trim()
         found = stream.advance(place, statistics)
-        trim()
         evidence = [_combined(uses, found) for uses in wanted]
         warnings += _doubts(group, evidence, statistics)
         started.append((file, group, ctx.start(partial(_fit, fitter), _tasks(program, group, evidence))))
