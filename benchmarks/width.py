@@ -1,20 +1,23 @@
 """Width pruning without training: ResNet-20 on CIFAR-10 and MiniLM on STS-B, every criterion, with and without refit.
 
-    python benchmarks/width.py resnet | tune | minilm | speed
+    python benchmarks/width.py resnet | tune | minilm | speed | depth | latency
 
 `tune` trains the pruned ResNet-20 for a few epochs on 4000 images in plain PyTorch; `speed` compares the latency of
-pruned MiniLMs on ONNX Runtime with their multiply–accumulates.
+pruned MiniLMs on ONNX Runtime with their multiply–accumulates; `depth` leaves out layers of MiniLM and stories260k by
+influence, by error, the last ones and at random; `latency` prunes MiniLM to latencies that are measured.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import paretoc as pc
 import torch
 from _models import Resnet, arguments, cifar, data_folder, interleaved
-from _quality import Sentences, compiled_by
+from _quality import Sentences, Stories, compiled_by
 from paretoc.compiler.cost import cost
 from safetensors.torch import load_file
 from torch import Tensor
@@ -101,9 +104,14 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.nn.functional.pad(x, (2, 2, 2, 2))[:, :, 2 + down : 34 + down, 2 + right : 34 + right]
 
 
-def run_minilm(folder: Path, count: int, criteria: list[str]) -> None:
+def sentences(folder: Path, count: int) -> Sentences:
     bench = Sentences(folder)
     bench.first, bench.second, bench.scores = bench.first[:count], bench.second[:count], bench.scores[:count]
+    return bench
+
+
+def run_minilm(folder: Path, count: int, criteria: list[str]) -> None:
+    bench = sentences(folder, count)
     print(f"{bench.title}; {len(bench.scores)} pairs, fp32 {bench.spearman(bench.reference):.4f}", flush=True)
     for title, recipe in MINILM.items():
         for criterion in criteria:
@@ -114,9 +122,7 @@ def run_minilm(folder: Path, count: int, criteria: list[str]) -> None:
 
 
 def run_speed(folder: Path, count: int, criteria: list[str]) -> None:
-    bench = Sentences(folder)
-    ids = torch.randint(1000, 30000, (8, 128), generator=torch.Generator().manual_seed(0))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    bench, inputs = Sentences(folder), long_sentences()
     whole = pc.compile(bench.model, [], example_inputs=inputs)
     for title, recipe in MINILM.items():
         narrow = pc.compile(bench.model, [f"{recipe},criterion=magnitude,refit=false"], example_inputs=inputs)
@@ -127,12 +133,57 @@ def run_speed(folder: Path, count: int, criteria: list[str]) -> None:
         )
 
 
+def run_depth(folder: Path, count: int, criteria: list[str]) -> None:
+    for bench in (sentences(folder, count), Stories(folder)):
+        print(f"{bench.title}; whole {bench.show(bench.reference)}", flush=True)
+        layers = bench.model.config.num_hidden_layers
+        for gone in (1, 2):
+            recipes = {name: f"prune_depth:{gone},criterion={name}" for name in ("influence", "error")}
+            recipes["last"] = without(range(layers - gone, layers))
+            for seed in range(3):
+                chosen = torch.randperm(layers, generator=torch.Generator().manual_seed(seed))[:gone]
+                recipes[f"random, seed {seed}"] = without(chosen.tolist())
+            for name, recipe in recipes.items():
+                compiled = compiled_by(bench, [recipe])
+                kept = {int(found[1]) for n in compiled.state_dict() if (found := re.search(r"\.layers?\.(\d+)\.", n))}
+                left = f"by {name:14s} without {sorted(set(range(layers)) - kept)} of {layers}"
+                print(f"{left}  MACs {share(compiled):.3f}  {bench.show(bench.score(compiled))}", flush=True)
+
+
+def without(layers: Iterable[int]) -> str:
+    return f"prune_depth:targets=[{','.join(f'*.layer*.{layer}.*' for layer in layers)}]"
+
+
+def run_latency(folder: Path, count: int, criteria: list[str]) -> None:
+    bench, inputs = Sentences(folder, sentences=64), long_sentences()
+    calibration = [{name: batch[name] for name in inputs} for batch in bench.calibration]
+    whole = pc.compile(bench.model, [], example_inputs=inputs)
+    for recipe in ("prune_width:latency=0.7,criterion=magnitude,refit=false", "prune_depth:latency=0.7,unit=branch"):
+        compiled = pc.compile(bench.model, [recipe], example_inputs=inputs, calibration=calibration, verify=False)
+        found = compiled.report(latency=False).passes[-1]["metrics"]
+        times = interleaved({"whole": lambda: whole(**inputs), "pruned": lambda c=compiled: c(**inputs)}, count)
+        again = ", ".join(
+            f"{times['pruned'][i] / times['whole'][i]:.3f} of {n}" for i, n in enumerate(("medians", "minima"))
+        )
+        print(f"{recipe}: MACs {found['macs']:.3f}, measured {found['latency']:.3f}, again {again}", flush=True)
+
+
+def long_sentences() -> dict[str, Tensor]:
+    """8 of 128 tokens."""
+    ids = torch.randint(1000, 30000, (8, 128), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+PARTS = {
+    "resnet": run_resnet, "tune": run_tune, "minilm": run_minilm,
+    "speed": run_speed, "depth": run_depth, "latency": run_latency,
+}  # fmt: skip
+
 if __name__ == "__main__":
     parser = arguments(__doc__)
-    parser.add_argument("part", choices=("resnet", "tune", "minilm", "speed"))
+    parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("--count", type=int, default=4000, help="images, pairs of sentences, or timed runs")
     parser.add_argument("--criteria", nargs="*", default=list(CRITERIA))
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    parts = {"resnet": run_resnet, "tune": run_tune, "minilm": run_minilm, "speed": run_speed}
-    parts[chosen.part](data_folder(chosen.data), chosen.count, chosen.criteria)
+    PARTS[chosen.part](data_folder(chosen.data), chosen.count, chosen.criteria)

@@ -8,45 +8,57 @@ Git Re-Basin, section 3; Fang et al. 2023, DepGraph, section 3.2, for slicing). 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any, overload
 
 import networkx as nx
+import torch
 from torch import Tensor, fx
 
 from . import axis_rules, axis_views  # noqa: F401  # their rules
-from .axis_terms import ACTIONS, Action, Atom, Dim, Pin, atoms, channels, pin, size, written
+from .axis_terms import ACTIONS, Action, Atom, Dim, Pin, atoms, cells, channels, pin, size, written
 from .axis_walk import Literal, Walk
 from .errors import OptionError, did_you_mean
 from .program import Program
+from .weights import Operand
 
 __all__ = ["ACTIONS", "Action", "Axes", "Axis", "Pin", "Use", "find_axes"]
 
 
 @dataclass(frozen=True)
 class Use:
-    """Dimension `dim` of a stored tensor holds an axis, alone or among others. `sums`: an operator sums over it."""
+    """Dimension `dim` of a stored tensor holds an axis, alone or among others. `sums`: an operator sums over it.
+
+    `operand` is the tensor itself or, where an operator may get one of its own, the place that it has there.
+    """
 
     parameter: str
     dim: int
     sums: bool
+    operand: Operand = field(repr=False)
     whole: Dim = field(repr=False, compare=False)
-    atom: Atom = field(repr=False, compare=False)
+    atoms: tuple[Atom, ...] = field(repr=False, compare=False)
 
     @property
     def channels(self) -> Tensor:
         """int64 `[size of the dimension]`: the channel at each place, −1 where something else is."""
-        return channels(self.whole, self.atom)
+        return channels(self.whole, *self.atoms)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """A number per channel → one per place of the dimension, 1 where something else is."""
+        return torch.where(self.channels >= 0, values[self.channels], 1.0)
 
     @property
     def layout(self) -> str:
         """How the axis lies in the dimension, outermost first: `3 × [4] × 8`, `[64] + 64`."""
-        return written(self.whole, {self.atom: f"[{self.atom.extent}]"})
+        return written(self.whole, {atom: f"[{atom.extent}]" for atom in self.atoms})
 
     def __str__(self) -> str:
-        alone = size(self.whole) == self.atom.extent
+        alone = size(self.whole) == prod(atom.extent for atom in self.atoms)
         return f"{self.parameter}.{self.dim}" + ("" if alone else f" ({self.layout})")
 
 
@@ -54,19 +66,30 @@ class Use:
 class Axis:
     """One axis of the model: `size` channels, and every place in a parameter that runs along it.
 
-    `writers` make its channels with a weight, `readers` sum over them with one.
+    `writers` make its channels with a weight, `readers` sum over them with one. `atoms`: more than one where an action
+    takes heads and their width together.
     """
 
     program: Program = field(repr=False)
-    atom: Atom = field(repr=False)
+    atoms: tuple[Atom, ...] = field(repr=False)
     uses: list[Use] = field(default_factory=list)
     readers: list[fx.Node] = field(default_factory=list)
     writers: list[fx.Node] = field(default_factory=list)
     literals: list[Literal] = field(default_factory=list, repr=False)
 
     @property
+    def atom(self) -> Atom:
+        """The one that it is; the outermost of several."""
+        return self.atoms[0]
+
+    @property
     def size(self) -> int:
-        return self.atom.extent
+        return prod(atom.extent for atom in self.atoms)
+
+    @property
+    def sums(self) -> list[Use]:
+        """The uses of the weights that sum over it."""
+        return [use for use in self.uses if use.sums]
 
     @property
     def name(self) -> str:
@@ -75,10 +98,7 @@ class Axis:
 
     def why(self, action: Action) -> Pin | None:
         """What forbids an action; None when it may be done."""
-        pins = self.atom.pins
-        if action == "zero" and "sum" in pins and "shift" in pins:
-            return pins.get("zero", pins["sum"])
-        return pins.get(action)
+        return _first(self.atoms, action)
 
     def free(self, action: Action) -> bool:
         return self.why(action) is None
@@ -87,34 +107,79 @@ class Axis:
         return f"{self.name} of {self.size} channels"
 
 
+def _repeated(dim: Dim) -> Dim:
+    """The axes that are a factor of a dimension more than once."""
+    held = list(atoms(dim))
+    if len(set(held)) == len(held):
+        return ()
+    return tuple(atom for cell in cells(dim) for atom in cell if cell.count(atom) > 1)
+
+
+def _first(held: Iterable[Atom], action: Action) -> Pin | None:
+    return next((why for atom in held if (why := _why(atom, action)) is not None), None)
+
+
+def _why(atom: Atom, action: Action) -> Pin | None:
+    pins = atom.pins
+    if action == "zero" and "sum" in pins and "shift" in pins:
+        return pins.get("zero", pins["sum"])
+    if action == "rotate":
+        return pins.get("rotate", pins.get("norm"))
+    return pins.get("rotate" if action == "fold" else action)
+
+
 class Axes(Sequence[Axis]):
     """Every axis that a parameter holds, in graph order."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, action: Action | None = None) -> None:
         self.program = program
-        self._walk = walk = Walk(program)
-        found: dict[Atom, Axis] = {}
+        self._walk = walk = Walk(program, action)
         # the dimensions of a stored tensor are known by identity: equal ones of another tensor are others
         roles = {place: {id(dim) for _, dim in ends} for place, ends in walk.ends.items()}
-        for node in program.graph.nodes:
-            for index, dim in enumerate(walk.dims[node] if node.op == "get_attr" else ()):
+        for operand, dims in walk.stored:
+            for dim in dims:
+                if id(dim) in roles["readers"] and id(dim) in roles["writers"]:
+                    pin(dim, Pin(f"{self._name(operand)} both makes it and sums over it", operand.node), "scale")
+                pin(_repeated(dim), Pin("it stands twice in one dimension", operand.node), "rotate", "scale")
+        found: dict[Atom, Axis] = {}
+        for together in self._together(action):
+            found |= dict.fromkeys(together, Axis(program, together))
+        for operand, dims in walk.stored:
+            name = self._name(operand)
+            for index, dim in enumerate(dims):
                 sums = id(dim) in roles["readers"]
-                if sums and id(dim) in roles["writers"]:
-                    pin(dim, Pin(f"{node.target} both makes it and sums over it", node), "scale")
-                for atom in dict.fromkeys(atoms(dim)):
-                    axis = found.setdefault(atom, Axis(program, atom))
-                    axis.uses.append(Use(str(node.target), index, sums, dim, atom))
+                for axis in dict.fromkeys(found[atom] for atom in atoms(dim)):
+                    axis.uses.append(Use(name, index, sums, operand, dim, axis.atoms))
         for place, ends in walk.ends.items():
             for node, dim in ends:
-                for atom in dict.fromkeys(atoms(dim)):
-                    if atom in found and node not in (known := getattr(found[atom], place))[-1:]:
+                for axis in dict.fromkeys(found[atom] for atom in atoms(dim) if atom in found):
+                    if node not in (known := getattr(axis, place))[-1:]:
                         known.append(node)
         for literal in walk.literals:
-            for atom in dict.fromkeys(a for dim in literal.dims for a in atoms(dim)):
-                if atom in found:
-                    found[atom].literals.append(literal)
-        self._axes = list(found.values())
+            for axis in dict.fromkeys(found[a] for dim in literal.dims for a in atoms(dim) if a in found):
+                axis.literals.append(literal)
+        self._axes = list(dict.fromkeys(found.values()))
         self._of_atom = found
+
+    def _together(self, action: Action | None) -> list[tuple[Atom, ...]]:
+        """The atoms that are one axis: for an action, those that stand side by side wherever one of them does, so that
+        what may be done to each may be done to their product (heads × width)."""
+        held = [dim for _, dims in self._walk.stored for dim in dims]
+        found = dict.fromkeys(atom for dim in held for atom in atoms(dim))
+        if action is None:
+            return [(atom,) for atom in found]
+        where: dict[Atom, list[int]] = defaultdict(list)
+        for number, cell in enumerate(cell for dim in held for cell in cells(dim)):
+            for atom in cell:
+                where[atom].append(number)
+        groups: dict[Any, list[Atom]] = defaultdict(list)
+        for atom in found:
+            free = _why(atom, "fold" if action == "rotate" else action) is None
+            groups[tuple(where[atom]) if free else atom].append(atom)
+        return list(map(tuple, groups.values()))
+
+    def _name(self, operand: Operand) -> str:
+        return self.program.weight_name(operand.source) or f"{operand.node.name}.{operand.leaf}"
 
     @overload
     def __getitem__(self, index: int) -> Axis: ...
@@ -130,7 +195,7 @@ class Axes(Sequence[Axis]):
     def _dims(self) -> dict[str, list[Dim]]:
         """By parameter, under all its names when it is tied."""
         first = self.program.state_names
-        dims = {str(n.target): self._walk.dims[n] for n in self.program.graph.nodes if n.op == "get_attr"}
+        dims = {self._name(operand): dims for operand, dims in reversed(self._walk.stored)}
         tied = {first.get(name, name): held for name, held in dims.items()}
         return dims | {name: tied[same] for name, same in first.items() if same in tied}
 
@@ -142,7 +207,7 @@ class Axes(Sequence[Axis]):
                 where="looking for an axis",
                 fix=did_you_mean(parameter, self._dims),
             )
-        return [self._of_atom[atom] for atom in dict.fromkeys(atoms(self._dims[parameter][dim]))]
+        return list(dict.fromkeys(self._of_atom[atom] for atom in atoms(self._dims[parameter][dim])))
 
     def one(self, parameter: str, dim: int) -> Axis:
         """The only axis of a dimension; an OptionError names them when there are several."""
@@ -158,7 +223,11 @@ class Axes(Sequence[Axis]):
 
     def at(self, node: fx.Node, dim: int) -> list[Axis]:
         """The axes of one dimension of a value that parameters hold too."""
-        return [self._of_atom[a] for a in dict.fromkeys(atoms(self._walk.dims[node][dim])) if a in self._of_atom]
+        return list(dict.fromkeys(self._of_atom[a] for a in atoms(self._walk.dims[node][dim]) if a in self._of_atom))
+
+    def why(self, node: fx.Node, dim: int, action: Action) -> Pin | None:
+        """What forbids an action on one dimension of a value, also where no parameter holds it."""
+        return _first(atoms(self._walk.dims[node][dim]), action)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The shape of a value, at the example inputs, with the sizes that the axes have now."""
@@ -166,7 +235,7 @@ class Axes(Sequence[Axis]):
 
     def holders(self, axis: Axis) -> Iterator[tuple[fx.Node, int]]:
         """Every dimension of every value and parameter along which an axis runs, in graph order."""
-        return ((node, dim) for node, dim, atom in self._places() if atom is axis.atom)
+        return iter(dict.fromkeys((node, dim) for node, dim, atom in self._places() if atom in axis.atoms))
 
     def _places(self) -> Iterator[tuple[fx.Node, int, Atom]]:
         for node, held in self._walk.dims.items():
@@ -190,6 +259,10 @@ class Axes(Sequence[Axis]):
         return sum(weights[name] for name in covered & weights.keys()) / max(sum(weights.values()), 1)
 
 
-def find_axes(program: Program) -> Axes:
-    """Every axis of a program. What they say holds until the graph changes by anything but `axis_moves`."""
-    return Axes(program)
+def find_axes(program: Program, action: Action | None = None) -> Axes:
+    """Every axis of a program, as far as the order of its channels has to agree. With "scale" or "rotate" only as far
+    as that action has to follow: an axis that is not free as a whole may consist of several of which some are.
+
+    What they say holds until the graph changes by anything but `axis_moves`.
+    """
+    return Axes(program, action)

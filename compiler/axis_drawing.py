@@ -75,7 +75,7 @@ def picture(axes: Axes, axis: Axis) -> str:
 
     Operators without a weight on the axis are grey, those that forbid an action red.
     """
-    pins = {pin.node: f": {pin.why}" for pin in axis.atom.pins.values()}
+    pins = {pin.node: f": {pin.why}" for action in reversed(ACTIONS) if (pin := axis.why(action)) is not None}
     nodes = {node for node, _ in axes.holders(axis) if node.op == "call_function"}
     nodes |= {*axis.readers, *axis.writers, *pins}
     drawn = [node for node in axes.program.graph.nodes if node in nodes]

@@ -1,23 +1,26 @@
-"""The two moves on one axis that leave a model whole: put its channels in another order, or leave some out.
+"""The moves on one axis that leave a model whole: put its channels in another order, leave some out, scale, mix them.
 
     permute: W[…, i, …] ← W[…, p(i), …] in every parameter along the axis; exact
     slice:   the same with the kept channels only, and every size in the graph that the axis is a part of
+    scale:   W ← s·W in what makes the channels, W ← W/s in what sums over them, s > 0; exact up to rounding
+    rotate:  W ← W·Q along the axis, QᵀQ = 1; exact up to rounding
 
 Sources as in `axes`. Slicing an axis that is free for "zero" is exact for a model whose other channels are 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from .axes import Action, Axis
-from .axis_terms import places
+from .axes import Action, Axis, Use
+from .axis_terms import places, size
 from .errors import OptionError, PassError
 from .program import Program, describe
+from .weights import WeightEdits
 
 
 def take(axis: Axis, parameter: str, value: Tensor, order: Tensor) -> Tensor:
@@ -65,6 +68,24 @@ def slice_all(program: Program, kept: Mapping[Axis, Tensor | Sequence[int]]) -> 
     for literal in dict.fromkeys(literal for axis in orders for literal in axis.literals):
         literal.renew()
     program.refresh()
+
+
+def scale(edits: WeightEdits, axis: Axis, factors: Tensor) -> None:
+    """Channel j times `factors[j]` > 0, float64 `[size]`. A norm that has no weight gets one."""
+    for use in axis.uses:
+        value = edits[use.operand] if use.operand in edits else torch.ones(size(use.whole), dtype=torch.float64)
+        by = use.spread(factors.reciprocal() if use.sums else factors)
+        edits[use.operand] = (value.movedim(use.dim, -1) * by).movedim(-1, use.dim)
+
+
+def rotate(edits: WeightEdits, uses: Iterable[Use], matrix: Tensor) -> None:
+    """The row of channels times a matrix, float64 `[size, size]`, in these uses of an axis."""
+    for use in uses:
+        order = use.channels.argsort(stable=True)
+        copies = order[use.channels[order] >= 0].reshape(len(matrix), -1).T  # [copy, channel] → place
+        value = edits[use.operand].movedim(use.dim, -1).clone()
+        value[..., copies] = value[..., copies] @ matrix
+        edits[use.operand] = value.movedim(-1, use.dim)
 
 
 @contextmanager

@@ -44,6 +44,8 @@ def _copy(w: Walk, node: fx.Node) -> Dims:
     made = list(w.of(operands(node)[0]))
     if not node.meta["val"].is_floating_point():
         w.bend(made, node)
+    if node.target is aten.neg.default:
+        w.pin(made, node, "it is negated", "offset")
     return made
 
 
@@ -54,19 +56,22 @@ def _copy(w: Walk, node: fx.Node) -> Dims:
     *(aten.hardswish.default, aten.log_sigmoid.default),
 )
 def _pointwise(w: Walk, node: fx.Node) -> Dims:
-    given = (*operands(node), *node.kwargs.values())  # x · x varies twice
-    values = [w.of(value) for value in given if isinstance(value, fx.Node) and isinstance(value.meta["val"], Tensor)]
-    made = w.broadcast(node, values)
+    given = [value for value in (*operands(node), *node.kwargs.values()) if isinstance(value, fx.Node)]
+    given.sort(key=lambda value: all(read.op == "get_attr" for read in value.all_input_nodes))  # what is stored last
+    values = [w.of(value) for value in given if isinstance(value.meta["val"], Tensor)]  # x · x varies twice
+    if node.target is aten.div.Tensor:
+        w.bend(w.of(operands(node)[1]), node)
+        w.pin(w.of(operands(node)[1]), node, "it divides", "shift")
+    if node.target in _PRODUCTS:
+        made = w.product(node, values)
+        w.pin(made, node, "it is multiplied", "offset")
+        return made
     if node.target in _SUMS:
-        constant = made if len(values) < 2 else [d for dims in values for d in _missing(made, dims)]
-        w.bend(constant, node)
-        w.pin(constant, node, "the same number is added to all its channels", "shift")
-    elif node.target in _PRODUCTS:
-        w.bend(_shared(made, values), node)
-        if node.target is aten.div.Tensor:
-            w.bend(w.of(operands(node)[1]), node)
-            w.pin(w.of(operands(node)[1]), node, "it divides", "shift")
-    elif node.target in _HOMOGENEOUS:
+        made = _added(w, node, values if len(values) > 1 else [*values, []])
+        w.pin(made, node, "it is added to another value", "offset")
+        return made
+    made = w.broadcast(node, values)
+    if node.target in _HOMOGENEOUS:
         w.pin(made, node, f"{node.target} does not commute with it", "rotate")
     else:
         w.bend(made, node)
@@ -75,7 +80,11 @@ def _pointwise(w: Walk, node: fx.Node) -> Dims:
     return made
 
 
-@rule(aten.full_like.default, aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default)
+#: operators that look at the shape of what they read
+LIKE = (aten.full_like.default, aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default)
+
+
+@rule(*LIKE)
 def _filled_like(w: Walk, node: fx.Node) -> Dims:
     made = list(w.of(operands(node)[0]))
     w.bend(made, node)
@@ -98,35 +107,40 @@ def _filled(w: Walk, node: fx.Node) -> Dims:
     return made
 
 
+def _added(w: Walk, node: fx.Node, values: Sequence[Dims]) -> Dims:
+    """The dimensions of a sum; what does not vary along one is a constant there, and a number alone everywhere."""
+    made = w.broadcast(node, values)
+    constant = [dim for dims in values for dim in _missing(made, dims)]
+    w.pin(constant, node, "the same number is added to all its channels", "rotate", "scale", "shift")
+    return made
+
+
 def _missing(made: Dims, dims: Dims) -> Dims:
     """The dimensions of a result along which one operand does not vary."""
     return [dim for place, dim in enumerate(reversed(made), 1) if place > len(dims) or not dims[-place]]
 
 
-def _shared(made: Dims, values: Sequence[Dims]) -> Dims:
-    """The dimensions of a result along which more than one operand varies."""
-    vary = (sum(place <= len(dims) and bool(dims[-place]) for dims in values) for place in range(1, len(made) + 1))
-    return [dim for dim, count in zip(reversed(made), vary, strict=True) if count > 1]
-
-
 # -- linear layers ------------------------------------------------------------------------------------------------
 
 
-@rule(*LINEAR, weighted=True)
+_WEIGHT_AND_BIAS = {1: "weight", 2: "bias"}
+
+
+@rule(*LINEAR, weights=_WEIGHT_AND_BIAS)
 def _linear(w: Walk, node: fx.Node) -> Dims:
     """x `[…, I]`, W `[O, I]`, b `[O]` → `[…, O]`."""
     x, weight = (w.of(value) for value in operands(node)[:2])
     w.same(x[-1], weight[1], node)
-    w.broadcast(node, [weight[:1], w.given(node, 2, "bias")])
     w.reads(node, weight[1])
     w.writes(node, weight[0])
-    return [*x[:-1], weight[0]]
+    bias = w.given(node, 2, "bias")
+    return _added(w, node, [[*x[:-1], weight[0]], *([bias] if bias else [])])
 
 
 @rule(
     *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default),
     *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
-    weighted=True,
+    weights=_WEIGHT_AND_BIAS,
 )
 def _convolution(w: Walk, node: fx.Node) -> Any:
     """x `[B, G·I, …]`, W `[G·O, I, …]` (transposed: `[G·I, O, …]`) → `[B, G·O, …]`.
@@ -147,13 +161,14 @@ def _convolution(w: Walk, node: fx.Node) -> Any:
         w.sized(node, (place,), g)
         w.bend([g], node)
     w.pin([*x[2:], *weight[2:]], node, "a convolution slides over it")
-    w.broadcast(node, [[g + channels], w.given(node, 2, "bias")])
+    if bias := w.given(node, 2, "bias"):
+        _added(w, node, [[x[0], g + channels], bias])
     w.reads(node, weight[0 if transposed else 1])
     w.writes(node, weight[1 if transposed else 0])
     return [x[0], g + channels, *w.fixed(node, "a convolution slides over it")[2:]]
 
 
-@rule(*EMBEDDING, weighted=True)
+@rule(*EMBEDDING, weights={0: "weight"})
 def _embedding(w: Walk, node: fx.Node) -> Dims:
     """W `[V, C]`, numbers `[…]` → `[…, C]`."""
     weight, numbers = (w.of(value) for value in operands(node)[:2])
@@ -162,7 +177,7 @@ def _embedding(w: Walk, node: fx.Node) -> Dims:
     return [*numbers, weight[1]]
 
 
-@rule(aten.lstm.input, aten.gru.input, weighted=True)
+@rule(aten.lstm.input, aten.gru.input, weights={})
 def _recurrent(w: Walk, node: fx.Node) -> Any:
     """N gates of H channels: W_ih `[N·H, I]`, W_hh `[N·H, H]`, biases `[N·H]`; all layers have the same H."""
     x, states, weights, biased, layers, _, _, both_ways, batch_first = operands(node)[:9]
@@ -222,7 +237,7 @@ def _matmul(w: Walk, node: fx.Node) -> Dims:
 @rule(aten.addmm.default, aten.baddbmm.default)
 def _addmm(w: Walk, node: fx.Node) -> Dims:
     bias, left, right = operands(node)[:3]
-    return w.broadcast(node, [_product(w, node, left, right), w.of(bias)])
+    return _added(w, node, [_product(w, node, left, right), w.of(bias)])
 
 
 def _product(w: Walk, node: fx.Node, left: fx.Node, right: fx.Node) -> Dims:
@@ -260,19 +275,19 @@ def _sum_of_products(
                 held.setdefault(label, []).append((value, dim))
     made: dict[Any, Dim] = {}
     for label, ends in held.items():
-        made[label] = w.broadcast(node, [[dim] for _, dim in ends])[0]
-        stored = [dim for value, dim in ends if value.op == "get_attr"]
-        if label not in result and len(ends) == 2 and len(stored) == 1:
+        values_of, stored = [[dim] for _, dim in ends], [dim for value, dim in ends if value.op == "get_attr"]
+        made[label] = (w.product if label in result else w.broadcast)(node, values_of)[0]
+        if label in result and len(ends) == 1 and stored:
+            w.writes(node, stored[0])
+        elif label in result:
+            w.pin([made[label]], node, "it is multiplied", "offset")
+        elif len(ends) == 2 and len(stored) == 1:
             w.reads(node, stored[0])
-        elif label not in result and len(ends) == 2:
+        elif len(ends) == 2:
             w.pin([made[label]], node, "two values are multiplied along it", "scale", "sum")
-        elif label not in result:
+        else:
             w.bend([made[label]], node)
             w.pin([made[label]], node, "a sum runs over it", "sum")
-        elif len(ends) > 1:
-            w.bend([made[label]], node)
-        elif stored:
-            w.writes(node, stored[0])
     return [made.get(label, ()) for label in result]
 
 
@@ -283,8 +298,8 @@ def _attention(w: Walk, node: fx.Node) -> Dims:
     if argument(node, 7, "enable_gqa", False) and size(q[-3]) != size(k[-3]):
         shape = [size(k[-3]), size(q[-3]) // size(k[-3])]
         heads, each = regroup([q[-3]], shape, Pin("its groups of heads cut an axis", node))
-        k[-3] = v[-3] = w.same(w.same(heads, k[-3], node), v[-3], node) + each
-    batch = w.broadcast(node, [q[:-2], k[:-2], v[:-2]])
+        k[-3], v[-3] = w.same(heads, k[-3], node) + each, v[-3] + each
+    batch = w.product(node, [q[:-2], k[:-2]])
     width, keys = w.same(q[-1], k[-1], node), w.same(k[-2], v[-2], node)
     logits = [*batch, q[-2], keys]
     w.broadcast(node, [logits, w.given(node, 3, "attn_mask")])
@@ -296,13 +311,14 @@ def _attention(w: Walk, node: fx.Node) -> Dims:
     if argument(node, 6, "scale") is None:
         scale = size(width) ** -0.5  # of the width at capture, whatever is left of it
         w.literals.append(Literal(node, [width], lambda node, _: node.update_kwarg("scale", scale)))
-    return [*batch, q[-2], v[-1]]
+    w.pin(v[-1:], node, "an attention mixes tokens", "offset")
+    return [*w.product(node, [batch, v[:-2]]), q[-2], v[-1]]
 
 
 # -- norms, softmax, sums -----------------------------------------------------------------------------------------
 
 
-@rule(aten.layer_norm.default, aten.rms_norm.default, weighted=True)
+@rule(aten.layer_norm.default, aten.rms_norm.default, weights={})
 def _last_norm(w: Walk, node: fx.Node) -> Dims:
     """Over the last dimensions; weight and bias have their shape."""
     x, shape = operands(node)[:2]
@@ -320,7 +336,7 @@ def _last_norm(w: Walk, node: fx.Node) -> Dims:
 
 @rule(
     *(aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default, aten.instance_norm.default),
-    weighted=True,
+    weights={},
 )
 def _batch_norm(w: Walk, node: fx.Node) -> Any:
     """Each channel by itself: x `[B, C, …]`, weight, bias, mean and variance `[C]`."""
@@ -335,7 +351,7 @@ def _batch_norm(w: Walk, node: fx.Node) -> Any:
     return [made, *w.fixed(node, "batch statistics")[1:]] if several else made
 
 
-@rule(aten.group_norm.default, weighted=True)
+@rule(aten.group_norm.default, weights={})
 def _group_norm(w: Walk, node: fx.Node) -> Dims:
     """x `[B, G·C, …]`: the groups may change places, and the channels inside them, alike in all groups."""
     x, groups = operands(node)[:2]
@@ -379,6 +395,7 @@ def _reduction(w: Walk, node: fx.Node) -> Dims:
     w.bend(summed, node)
     if node.target in (aten.sum.dim_IntList, aten.sum.default):
         w.pin(summed, node, "a sum runs over it", "sum")
+        w.pin(x, node, "a sum multiplies it", "offset")
     else:
         w.pin(summed, node, f"{node.target} depends on how many channels there are", "zero")
     if node.target not in _LINEAR_SUMS:
@@ -404,8 +421,11 @@ def _ordered(w: Walk, node: fx.Node) -> Any:
     named = [named] if isinstance(named, int) else named or range(len(x))
     ordered = {d % len(x) for d in named}
     why = f"{node.target} depends on its order"
-    w.bend(x, node)
-    w.pin(x, node, why, "shift")
+    if node.target is aten.cumsum.default:
+        w.pin(x, node, "a sum multiplies it", "offset")
+    elif node.target not in (aten.flip.default, aten.roll.default):
+        w.bend(x, node)
+        w.pin(x, node, why, "shift")
     w.pin([x[d] for d in ordered], node, why)
 
     def result(fixed: Dims) -> Dims:

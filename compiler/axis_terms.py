@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, fx
 
 #: "permute" the channels, leave some out ("slice"), mix them by an orthogonal matrix ("rotate"), multiply each by a
-#: number of its own ("scale"). "zero" is no action: it asks whether leaving channels out equals setting them to zero.
-Action = Literal["permute", "slice", "rotate", "scale", "zero"]
+#: positive number of its own ("scale"). Three are no actions but questions: is leaving channels out the same as setting
+#: them to zero ("zero"), may they be mixed once the norms around them have neither weights nor a mean to subtract
+#: ("fold"), does a constant that is added to each of them, the bias of a norm, arrive as it is ("offset").
+Action = Literal["permute", "slice", "rotate", "scale", "zero", "fold", "offset"]
 #: an axis is cut into at most so many pieces, one behind the other: x[1:] − x[:-1] would go on to single channels
 _MOST_CUTS = 64
 ACTIONS: tuple[Action, ...] = ("permute", "slice", "rotate", "scale", "zero")
@@ -305,14 +307,32 @@ def places(dim: Dim, chosen: Mapping[Atom, Tensor]) -> Tensor:
     return found
 
 
-def channels(dim: Dim, atom: Atom) -> Tensor:
-    """The channel of one axis at each place of a dimension, int64 `[size(dim)]`; −1 where it does not run."""
+def cells(dim: Dim) -> list[tuple[Atom, ...]]:
+    """The products of axes that a dimension is a concatenation of, once every factor is multiplied out."""
+    found: list[tuple[Atom, ...]] = [()]
+    for factor in factors(dim):
+        own = [(factor,)] if isinstance(factor, Atom) else [cell for part in factor.parts for cell in cells(part)]
+        found = [outer + inner for outer in found for inner in own]
+    return found
+
+
+def channels(dim: Dim, *together: Atom) -> Tensor:
+    """The channel of an axis, or of a product of several, at each place of a dimension: int64 `[size(dim)]`, −1 where
+    they do not run."""
+    found = torch.zeros(size(dim), dtype=torch.int64)
+    for atom in together:
+        own = _channels(dim, atom)
+        found = torch.where((found < 0) | (own < 0), -1, found * atom.extent + own)
+    return found
+
+
+def _channels(dim: Dim, atom: Atom) -> Tensor:
     found = torch.full((1,), -1)
     for factor in factors(dim):
         if isinstance(factor, Atom):
             own = torch.arange(factor.extent) if factor is atom else torch.full((factor.extent,), -1)
         else:
-            own = torch.cat([channels(part, atom) for part in factor.parts])
+            own = torch.cat([_channels(part, atom) for part in factor.parts])
         found = torch.maximum(found[:, None], own[None]).flatten()
     return found
 

@@ -9,12 +9,14 @@ import operator
 import sys
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 
 from . import dialect  # noqa: F401  # registers the operators named below
+from .axis_rules import LIKE
 from .axis_terms import Dim, Pin, between, fresh, joined, pinned, regroup, size
 from .axis_walk import Dims, Literal, Walk, rule, unknown, write
 from .program import argument, example_shape, operands
@@ -30,7 +32,9 @@ paretoc = torch.ops.paretoc
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default),
     *(aten.flatten.using_ints, aten.unflatten.int),
 )
-def _view(w: Walk, node: fx.Node) -> Dims:
+def _view(w: Walk, node: fx.Node) -> Any:
+    if w.action is not None and (parts := _stacked(w, node)):
+        return _part_by_part(w, node, parts)
     made = regroup(w.of(operands(node)[0]), example_shape(node), Pin("a view cuts across axes", node))
     if node.target is aten.unflatten.int:
         first = operands(node)[1] % len(w.of(operands(node)[0]))
@@ -42,20 +46,62 @@ def _view(w: Walk, node: fx.Node) -> Dims:
     return made
 
 
-@rule(aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.mT.default, aten.permute.default)
-def _permute(w: Walk, node: fx.Node) -> Dims:
-    x = w.of(operands(node)[0])
-    order = list(range(len(x)))
+_ORDERS = (aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.mT.default, aten.permute.default)
+
+
+def _stacked(w: Walk, node: fx.Node) -> list[Dims]:
+    """Queries, keys and values that one layer makes: where a view splits the last dimension and all that read it take
+    it apart along one of the new ones, each part has axes of its own. Nothing in any other case."""
+    x, shape = w.of(operands(node)[0]), example_shape(node)
+    kept = len(x) - 1
+    at = next((d for d in range(kept, len(shape)) if _taken_apart(node, d)), None)
+    if at is None or [size(dim) for dim in x[:-1]] != [*shape[:kept]]:
+        return []
+    conflict = Pin("a view cuts across axes", node)
+    *outer, whole = regroup(x[-1:], [*shape[kept:at], prod(shape[at:])], conflict)
+    parts = _cut(w, node, whole, range(0, size(whole) + 1, prod(shape[at + 1 :])))
+    return [[*x[:-1], *outer, (), *regroup([part], shape[at + 1 :], conflict)] for part in parts]
+
+
+def _taken_apart(node: fx.Node, dim: int) -> bool:
+    """Whether every operator that reads a value reads one or all places of a dimension, one by one."""
+
+    def takes(user: fx.Node) -> bool:
+        if user.target in _ORDERS:
+            return _taken_apart(user, _order(user).index(dim))
+        along = argument(user, 1, "dim", 0)
+        single = user.target is aten.select.int and isinstance(operands(user)[2], int)
+        return (single or user.target is aten.unbind.int) and along % len(example_shape(node)) == dim
+
+    return bool(node.users) and all(map(takes, node.users))
+
+
+def _part_by_part(w: Walk, node: fx.Node, parts: list[Dims]) -> Any:
+    w.parts[node] = parts
+    return w.fixed(node, "its parts are known one by one")
+
+
+@rule(*_ORDERS)
+def _permute(w: Walk, node: fx.Node) -> Any:
+    source, order = operands(node)[0], _order(node)
+    if source in w.parts:
+        return _part_by_part(w, node, [[x[d] for d in order] for x in w.parts[source]])
+    return [w.of(source)[d] for d in order]
+
+
+def _order(node: fx.Node) -> list[int]:
+    """Where each dimension of a result comes from."""
+    order = list(range(len(example_shape(node))))
     if node.target is aten.permute.default:
-        order = [d % len(x) for d in operands(node)[1]]
+        order = [d % len(order) for d in operands(node)[1]]
     elif node.target is aten.transpose.int:
-        a, b = (d % len(x) for d in operands(node)[1:3])
-        order[a], order[b] = b, a
+        a, b = operands(node)[1:3]
+        order[a], order[b] = order[b], order[a]
     elif node.target is aten.mT.default:
         order[-2:] = order[:-3:-1]
     else:
         order.reverse()
-    return [x[d] for d in order]
+    return order
 
 
 @rule(aten.unsqueeze.default)
@@ -145,6 +191,7 @@ def _pad(w: Walk, node: fx.Node) -> Any:
         place = -1 - index // 2
         if not any(widths[index : index + 2]):
             continue
+        w.pin(made, node, "constants are put beside it", "offset")
         if held := pinned(made[place]):
             made[place] = fresh(example_shape(node)[place], held)
             continue
@@ -186,6 +233,8 @@ def _slice(w: Walk, node: fx.Node) -> Any:
     first, last = (min(max(e + length if e < 0 else e, 0), length) for e in (start, end))
     if not first < last:
         return unknown(w, node)
+    if (first, last) == (0, 1) and all(user.target in LIKE for user in node.users):
+        return [*made[:axis], (), *made[axis + 1 :]]
     movable = not pinned(made[axis])
     before, made[axis], behind = _three(w, node, made[axis], first, last)
 
@@ -210,9 +259,11 @@ def _three(w: Walk, node: fx.Node, dim: Dim, first: int, last: int) -> list[Dim]
 
 @rule(aten.select.int)
 def _select(w: Walk, node: fx.Node) -> Any:
-    made = list(w.of(operands(node)[0]))
-    axis, index = operands(node)[1:3]
+    source, axis, index = operands(node)[:3]
+    made = list(w.parts[source][index] if source in w.parts else w.of(source))
     dim = made.pop(axis)
+    if source in w.parts:
+        return made
     if not isinstance(index, int):
         w.pin([dim], node, "a computed channel is read")
         return made
@@ -234,6 +285,8 @@ def _split(w: Walk, node: fx.Node) -> Any:
     results = [tuple(part.shape) for part in node.meta["val"]]
     unbind = node.target is aten.unbind.int
     axis = argument(node, 1 if unbind else 2, "dim", 0) % len(made)
+    if operands(node)[0] in w.parts:
+        return [[*part[:axis], *part[axis + 1 :]] for part in w.parts[operands(node)[0]]]
     if not unbind and not all(isinstance(shape[axis], int) for shape in results):
         return unknown(w, node)
     extents = [1 if unbind else int(shape[axis]) for shape in results]
@@ -318,6 +371,7 @@ def _index_add(w: Walk, node: fx.Node) -> Dims:
     w.pin([made[axis], values[axis], *w.of(operands(node)[2])], node, "its channels are picked by number")
     values[axis] = ()
     w.broadcast(node, [made, values])
+    w.pin(made, node, "it is added to another value", "offset")
     return made
 
 
@@ -325,6 +379,7 @@ def _index_add(w: Walk, node: fx.Node) -> Dims:
 def _tokens(w: Walk, node: fx.Node) -> Any:
     """x `[B, T, C]` → `[B, T′, C]`: sums of tokens, by the numbers or scores that follow."""
     why = "token reduction picks along it"
+    w.pin(w.of(operands(node)[0]), node, why, "offset")
     for read in node.all_input_nodes[1:]:
         w.pin(w.of(read), node, why)
     x = w.of(operands(node)[0])
@@ -351,6 +406,8 @@ def _window(w: Walk, node: fx.Node) -> Dims:
     x = w.of(operands(node)[0])
     channels = len(x) - int(next(c for c in reversed(str(node.target).split(".")[1]) if c.isdigit()))
     w.pin(x[channels:], node, "a window slides over it")
+    if "avg_pool" in str(node.target) and "adaptive" not in str(node.target):
+        w.pin(x, node, "zeros around it may be averaged too", "offset")
     if node.target not in _LINEAR_WINDOWS:
         w.pin(x[:channels], node, f"{node.target} does not commute with it", "rotate")
     return [*x[:channels], *w.fixed(node, "a window slides over it")[channels:]]

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .artifact import LoadedModel
+    from .cost import Latency
     from .driver import CompiledModel
 
 Calls = dict[str, Callable[[], object]]
+#: the times of calls → a warning, or ""
+Warned = Callable[[Mapping[str, "Latency"]], str]
 
 _TARGET = "onnxruntime"
 
@@ -182,7 +185,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.model is None:
         raise OptionError("bench was given no model", where="the command line", fix="name one, or use --calibrate")
     artifact = _artifact(arguments)
-    calls, inputs = _artifact_call(artifact, arguments) if artifact else _contenders(_compiled(arguments))
+    calls, inputs, slower = _artifact_call(artifact, arguments) if artifact else _contenders(_compiled(arguments))
     times = measure(calls, runs=arguments.runs, budget_s=float("inf"))
     *others, _ = times
     table = _table("contender", "median ms", "minimum ms", *(f"vs {other}" for other in others))
@@ -192,6 +195,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     _show(table)
     print(f"runs: {arguments.runs}, interleaved; threads: {torch.get_num_threads()}; on {_processor()}")
     print(f"inputs: {shapes(inputs)}")
+    if warning := slower(times):
+        print(f"warning: {warning}")
 
 
 def _calibrate(target: str) -> None:
@@ -325,21 +330,28 @@ def _artifact(arguments: argparse.Namespace) -> LoadedModel | None:
     return load(arguments.model)
 
 
-def _contenders(compiled: CompiledModel) -> tuple[Calls, dict[str, Tensor]]:
-    """What `bench` times, and the inputs it is timed with."""
+def _contenders(compiled: CompiledModel) -> tuple[Calls, dict[str, Tensor], Warned]:
+    """What `bench` times, the inputs it is timed with, and what the times warn of."""
     from .report import contenders, original_executable
+    from .slower import measured_slower
 
     done = compiled._compiled()
-    calls = contenders(done, original_executable(done))
+    original = original_executable(done)
+    calls = contenders(done, original)
     named: Calls = {
         "PyTorch eager": calls["pytorch"],
         "uncompressed": calls["original"],
         "compiled": calls["compiled"],
     }
-    return named, dict(zip(done.program.interface.inputs, done.original.example, strict=True))
+    inputs = dict(zip(done.program.interface.inputs, done.original.example, strict=True))
+
+    def slower(times: Mapping[str, Latency]) -> str:
+        return measured_slower(times["compiled"], times["uncompressed"], done.executable, original)
+
+    return named, inputs, slower
 
 
-def _artifact_call(artifact: LoadedModel, arguments: argparse.Namespace) -> tuple[Calls, dict[str, Tensor]]:
+def _artifact_call(artifact: LoadedModel, arguments: argparse.Namespace) -> tuple[Calls, dict[str, Tensor], Warned]:
     """An artifact stores the shapes it was captured with, not the inputs: it runs on ones."""
     import torch
 
@@ -357,7 +369,7 @@ def _artifact_call(artifact: LoadedModel, arguments: argparse.Namespace) -> tupl
             fix="give --example FILE",
         )
     named = dict(zip(artifact.interface.inputs, inputs, strict=True))
-    return {"artifact": lambda: artifact.executable.run(inputs)}, named
+    return {"artifact": lambda: artifact.executable.run(inputs)}, named, lambda times: ""
 
 
 # -- what is shown -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and the folder of those that only this machine has a use for."""
 
 from __future__ import annotations
 
@@ -25,3 +25,9 @@ def whole_file(path: Path, where: str, fix: str, error: type[ParetocError] = Art
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def cache_folder() -> Path:
+    """Where measurements of this machine are kept: in PARETOC_CACHE, else in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    return Path(os.environ.get("PARETOC_CACHE", Path(base) / "paretoc"))

@@ -41,6 +41,11 @@ class Norm:
     def channels(self) -> int:
         return int(shape_of(self.output)[-1])
 
+    @property
+    def plain(self) -> bool:
+        """Whether it commutes with every rotation: it has no weight, and subtracts nothing."""
+        return not self.centred and (self.weight is None or self.weight.source is None)
+
     def describe(self) -> str:
         return f"the norm at {describe(self.output)}"
 

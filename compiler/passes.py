@@ -168,6 +168,17 @@ class SitePass(Pass):
     def sites(self, program: Program) -> list[Site]:
         return self.select(program).sites
 
+    def chooses(self, program: Program) -> Callable[[Iterable[str]], bool]:
+        """Of layers that change together, by their paths: is one of them a target, and none ignored?"""
+        chosen, ignored = self._named(program, self.targets), self._named(program, self.ignore)
+        return lambda paths: (not self.targets or not chosen.isdisjoint(paths)) and ignored.isdisjoint(paths)
+
+    def _named(self, program: Program, patterns: tuple[str, ...]) -> set[str]:
+        sites = (
+            select(program, patterns, (), self.default_kinds(), where=f"pass {self.name!r}").sites if patterns else []
+        )
+        return {site.path for site in sites}
+
 
 def build_pass(cls: type[Pass], options: dict[str, Any]) -> Pass:
     """A pass from option names and values (possibly text), with every mistake named."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .program import Program, argument, operands, shape_of
+from .program import Program, argument, example_shape, operands, shape_of
 
 aten = torch.ops.aten
 paretoc = torch.ops.paretoc
@@ -30,11 +30,10 @@ def linear_patches(program: Program) -> None:
 def _tokens(program: Program, node: fx.Node) -> fx.Node | None:
     """The `[B, T, O]` that is made of a patch embedding's result; None where the convolution is none."""
     weight = operands(node)[1]
-    (_, channels, height, width), (_, *features) = shape_of(operands(node)[0]), shape_of(weight)
-    window = features[1:]
+    (_, channels, height, width), (outputs, features, *window) = shape_of(operands(node)[0]), example_shape(weight)
     options = [argument(node, 3, "stride", 1), argument(node, 4, "padding", 0), argument(node, 5, "dilation", 1)]
     stride, padding, dilation = ([o] * 2 if isinstance(o, int) else list(o) for o in options)
-    if stride != window or window == [1, 1] or any(padding) or dilation not in ([1], [1, 1]) or features[0] != channels:
+    if stride != window or window == [1, 1] or any(padding) or dilation not in ([1], [1, 1]) or features != channels:
         return None
     if not isinstance(height, int) or not isinstance(width, int) or height % window[0] or width % window[1]:
         return None
@@ -46,10 +45,10 @@ def _tokens(program: Program, node: fx.Node) -> fx.Node | None:
         return None
     turned = tokens.target in (aten.transpose.int, aten.permute.default) and shape_of(tokens)[1:] == (
         height // window[0] * (width // window[1]),
-        shape_of(weight)[0],
+        outputs,
     )
     moved = operands(tokens)[1:] in ((1, 2), (2, 1), (-1, -2), (-2, -1), ([0, 2, 1],))
-    return tokens if turned and moved and shape_of(joined)[1] == shape_of(weight)[0] else None
+    return tokens if turned and moved and shape_of(joined)[1] == outputs else None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -59,7 +58,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 def _flattens(program: Program, weight: fx.Node) -> bool:
     """Whether the stored arrays of the weight are those of the same numbers as a matrix."""
-    encoding, shape = program.encoding(weight), tuple(int(n) for n in shape_of(weight))
+    encoding, shape = program.encoding(weight), example_shape(weight)
     return encoding is None or encoding.layout(shape) == encoding.layout(_matrix(shape))
 
 
@@ -70,8 +69,8 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 def _rewrite(program: Program, node: fx.Node, tokens: fx.Node) -> None:
     graph = program.graph
     x, weight, *bias = operands(node)[:3]
-    _, channels, rows, columns = shape_of(weight)
-    height, width = shape_of(x)[2:]
+    _, channels, rows, columns = example_shape(weight)
+    height, width = example_shape(x)[2:]
     quantiser = x if x.op == "call_function" and x.target in _QUANTISERS else None
     if quantiser is not None:
         x = operands(quantiser)[0]
@@ -82,9 +81,9 @@ def _rewrite(program: Program, node: fx.Node, tokens: fx.Node) -> None:
         patches = graph.call_function(aten.reshape.default, (apart, [-1, down * across, channels * rows * columns]))
         if quantiser is not None:
             rest, options = operands(quantiser)[1:], quantiser.kwargs
-            patches = graph.call_function(quantiser.target, (patches, *rest), dict(options))  # type: ignore[arg-type]
+            patches = graph.call_function(quantiser.target, (patches, *rest), dict(options))
         linear = graph.call_function(aten.linear.default, (patches, weight, *bias))
-    shape = _matrix(tuple(int(n) for n in shape_of(weight)))
+    shape = _matrix(example_shape(weight))
     if program.encoding(weight) is None:
         program.set(str(weight.target), program.weight_value(weight).reshape(shape))
     else:

@@ -47,26 +47,56 @@ class PlainModule(nn.Module):
 
 
 def rebuild(model: Any, state: Mapping[str, Tensor]) -> Any:
-    """A `transformers` model of the same class whose weights are `state`: its config has the widths of these.
+    """A `transformers` model of the same class whose weights are `state`: its config has the widths of these, and as
+    many layers. Those that stay take the places of those that left.
 
-    Raises PassError where a config cannot say them: layers of different widths, or fewer heads where the width of one
-    follows from their number.
+    Raises PassError where a config cannot say them: layers of different widths, fewer heads where the width of one
+    follows from their number, a layer of which only a part left.
     """
     old = model.state_dict()
-    config = copy.deepcopy(model.config)
+    config, stacks = copy.deepcopy(model.config), _stacks(model, state)
     for name, value in state.items():
         for before, after in zip(old[name].shape, value.shape, strict=True) if name in old else ():
             if before != after:
                 _resize(config, model.config, name, before, after)
+    for kept in stacks.values():
+        config.num_hidden_layers = len(kept)
+        if vars(config).get("layer_types"):
+            config.layer_types = [model.config.layer_types[i] for i in kept]
     fresh = type(model)(config).to(next(iter(old.values())).dtype).train(model.training)
     wanted = fresh.state_dict()
-    given = {name: state.get(name, old.get(name)) for name in wanted}
-    stranger = (name for name in state if name not in given and name not in dict(model.named_buffers()))
-    wrong = next(stranger, None) or next((n for n, value in given.items() if value.shape != wanted[n].shape), None)
+    sources = {name: _source(name, stacks) for name in wanted}
+    given = {name: state.get(source, old.get(source)) for name, source in sources.items()}
+    known = {*sources.values(), *dict(model.named_buffers())}
+    wrong = next((name for name in state if name not in known), None)
+    wrong = wrong or next((n for n, value in given.items() if value is None or value.shape != wanted[n].shape), None)
     if wrong is not None:
         raise _refusal(f"{wrong!r} of the program does not fit the model that its widths give")
+    for stack, kept in stacks.items():
+        if len(fresh.get_submodule(stack)) != len(kept):
+            raise _refusal(f"{type(config).__name__} does not say that {stack!r} has {len(kept)} layers")
+    for name, _ in fresh.named_parameters():
+        if sources[name] not in state and any(name.startswith(f"{stack}.") for stack in stacks):
+            raise _refusal(f"{sources[name]!r} left, and not the whole of its layer")
     fresh.load_state_dict(given)
     return fresh
+
+
+def _stacks(model: Any, state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """The lists of all layers, by path, with the numbers of those that have weights left."""
+    count = getattr(model.config, "num_hidden_layers", 0)
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    left = {name: [i for i in range(count) if any(n.startswith(f"{name}.{i}.") for n in state)] for name in lists}
+    return {name: kept for name, kept in left.items() if kept}
+
+
+def _source(name: str, stacks: Mapping[str, list[int]]) -> str:
+    """The name that a weight of the smaller model has in the larger one."""
+    for stack, kept in stacks.items():
+        number, _, rest = name.removeprefix(f"{stack}.").partition(".")
+        if name.startswith(f"{stack}.") and int(number) < len(kept):
+            return f"{stack}.{kept[int(number)]}.{rest}"
+    return name
 
 
 def _resize(config: Any, old: Any, name: str, before: int, after: int) -> None:
@@ -87,7 +117,7 @@ def _resize(config: Any, old: Any, name: str, before: int, after: int) -> None:
 
 def _refusal(what: str) -> PassError:
     return PassError(
-        f"the widths cannot be written in a config: {what}",
+        f"the model cannot be written in a config: {what}",
         where="putting pruned weights into a transformers model",
-        fix="prune with ratio= and axes=hidden, or use CompiledModel.module(), which needs no config",
+        fix="prune whole layers, or widths with ratio= and axes=hidden; CompiledModel.module() needs no config",
     )

@@ -1,8 +1,10 @@
-"""How wide each axis may stay under a budget: min Σ worth of the channels that leave, subject to cost ≤ budget.
+"""What stays under a budget: min Σ worth of the channels that leave, subject to cost ≤ budget.
 
 Channels leave in steps, always those worth least for the cost they save: the greedy solution of the knapsack, with
 savings as they are at the widths so far, since the cost of a layer is a product of two. They only fall as widths do, so
 that a price on the heap is a lower bound and is looked at again when it comes up (lazy greedy, Minoux 1978).
+A latency is met by search over budgets of multiply–accumulates, to which it is predicted to be in proportion: what is
+lowered for the target is timed in turns with the whole model.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -20,10 +22,21 @@ from torch import Tensor, fx
 from .axes import Axes, Axis
 from .axis_moves import resized
 from .calibrate import FlatBatch, Stream
-from .cost import node_macs
+from .cost import measure, node_macs
 from .errors import OptionError
+from .program import Program
 from .refit import fitted_readers
+from .registry import registry
 from .sensitivity import OutputValues, output_error
+
+T = TypeVar("T")
+Track = Callable[[Iterable[Any], str], Iterable[Any]]
+#: what is measured under a latency: so many forms of a program, for so many seconds each
+_MEASURED, _SECONDS = 6, 3.0
+#: a latency is met by what takes so much less than it, a share of the whole
+_NEAR = 0.02
+#: multiply–accumulates that differ by less, a share of the whole, are not told apart
+_FINE = 0.01
 
 
 @dataclass
@@ -36,12 +49,13 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self.along = defaultdict(set)
-        nodes = {node for node in self.axes.program.graph.nodes if self._cost(node)}
+        nodes = {node for node in self.axes.program.graph.nodes if self.cost(node)}
         for axis in self.axes:
             for node, _ in self.axes.holders(axis):
                 self.along[axis] |= {node, *node.users} & nodes
 
-    def _cost(self, node: fx.Node) -> int:
+    def cost(self, node: fx.Node) -> int:
+        """Of one node, at the widths that the axes have now."""
         if self.what == "parameters":
             stored = node.op == "get_attr" and node.meta["val"].is_floating_point()
             return prod(self.axes.shape(node)) if stored else 0
@@ -49,7 +63,13 @@ class Ledger:
 
     def total(self) -> int:
         """The cost at the widths that the axes have now."""
-        return sum(map(self._cost, self.axes.program.graph.nodes))
+        return sum(map(self.cost, self.axes.program.graph.nodes))
+
+    def share(self, widths: Mapping[Axis, int]) -> float:
+        """What is left of the cost when these axes have so many channels."""
+        with resized(widths):
+            left = self.total()
+        return left / self.total()
 
     def spend(self, steps: Mapping[Axis, int], worth: Mapping[Axis, Tensor], share: float) -> dict[Axis, int]:
         """The widths at which at most `share` of the cost is left. An axis loses `steps` channels at a time, those
@@ -75,18 +95,14 @@ class Ledger:
                 left -= saved
                 heapq.heappush(heap, (0.0, index, axis))
             if left > share * whole:
-                raise OptionError(
-                    f"{share:.3g} of the {self.what} cannot be reached: {left / whole:.3g} is the least",
-                    where="spending the budget on widths",
-                    fix="raise the budget, prune more kinds of axes (axes=), or lower round_to=",
-                )
+                raise unreachable(share, self.what, left / whole)
             return {axis: axis.size for axis in steps}
 
     def _saved(self, axis: Axis, width: int) -> int:
         nodes = self.along[axis]
-        before = sum(map(self._cost, nodes))
+        before = sum(map(self.cost, nodes))
         with resized({axis: width}):
-            return before - sum(map(self._cost, nodes))
+            return before - sum(map(self.cost, nodes))
 
 
 def worth(
@@ -94,7 +110,7 @@ def worth(
     widths: Mapping[Axis, int],
     batches: Sequence[FlatBatch],
     damp: float | None,
-    track: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
+    track: Track = lambda items, _: items,
 ) -> dict[Axis, Tensor]:
     """Scores of the axes of one program on one scale: those of the channels that leave add up to the squared relative
     error of the outputs on the batches, measured when one axis alone has this width.
@@ -121,6 +137,87 @@ def worth(
             program.set(name, value)
         scaled[axis] = scores[axis] * error / max(float(scores[axis][gone].sum()), 1e-30)
     return scaled
+
+
+def only_budget(options: Mapping[str, float | None], where: str) -> str:
+    """The one of some options that is given. Raises OptionError for none or several."""
+    given = [option for option, value in options.items() if value is not None]
+    if len(given) != 1:
+        raise OptionError(
+            f"{' and '.join(given) or 'nothing'} says how much is to go",
+            where=where,
+            fix=f"give one of {', '.join(options)}",
+        )
+    return given[0]
+
+
+def unreachable(share: float, what: str, least: float) -> OptionError:
+    return OptionError(
+        f"{share:.3g} of the {what} cannot be reached: {least:.3g} is the least",
+        where="spending the budget",
+        fix="raise the budget, or let more leave: see targets=, axes= and round_to=",
+    )
+
+
+class Clock:
+    """The latency on a target of other forms of a program, as a share of its own."""
+
+    def __init__(self, program: Program, target: str, seed: int) -> None:
+        self.backend, self.options = registry().backend(target), {"seed": seed}
+        self.whole, self.inputs = self.backend.lower(program, self.options), program.users_example()
+
+    def __call__(self, form: Program) -> float:
+        """Medians of calls in turns."""
+        lowered = self.backend.lower(form, self.options)
+        calls = {"whole": lambda: self.whole.run(self.inputs), "form": lambda: lowered.run(self.inputs)}
+        taken = measure(calls, runs=100, budget_s=_SECONDS)
+        return taken["form"].median / taken["whole"].median
+
+
+def within_latency(
+    latency: float, spend: Callable[[float], T], fastest: T, least: float, time: Callable[[T], float], track: Track
+) -> tuple[T, float]:
+    """The form of a program with most multiply–accumulates that takes at most `latency`, and what it took: both are
+    shares of the whole program's.
+
+    `spend(share)` is the best form with so many multiply–accumulates, down to `least`, those of the `fastest`; `time`
+    measures one. What is tried next lies on the line between the two nearest that were measured, at first the whole
+    program and the fastest; an end that stays counts half as far away (Illinois method, Dowell & Jarratt 1971). Raises
+    OptionError when even the fastest takes longer.
+    """
+    found, taken = fastest, time(fastest)
+    if taken > latency:
+        raise unreachable(latency, "latency", taken)
+    low, high, slow = least, 1.0, None
+    under, over, rose = latency - taken, 1.0 - latency, None
+    for _ in track(range(_MEASURED - 1), "measuring latency"):
+        if latency - taken <= _NEAR:
+            break
+        untried = _untried(spend, low, high, under / (under + over), (found, slow))
+        if untried is None:
+            break
+        share, form = untried
+        measured = time(form)
+        rises = measured <= latency
+        if rises:
+            low, found, taken, under, over = share, form, measured, latency - measured, over / (2 if rose else 1)
+        else:
+            high, slow, under, over = share, form, under / (2 if rose is False else 1), measured - latency
+        rose = rises
+    return found, taken
+
+
+def _untried(
+    spend: Callable[[float], T], low: float, high: float, part: float, known: tuple[T, T | None]
+) -> tuple[float, T] | None:
+    """A share so far between two, and its form; where that is the form of either, closer to the other."""
+    while high - low > _FINE:
+        share = low + (high - low) * part
+        form = spend(share)
+        if form not in known:
+            return share, form
+        low, high = (share, high) if form == known[0] else (low, share)
+    return None
 
 
 def _without(axis: Axis, kept: Tensor) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from .correct_bias import CorrectBias
 from .fit import AdaRound, AdditiveFit, Awq, Gptq, Hqq, KMeans, LowRankFit, Mse, Rtn
 from .low_rank import Factorize
 from .merge_models import MergeModels
+from .prune_depth import PruneDepth
 from .prune_nm import PruneNM
 from .prune_width import PruneWidth
 from .quantize import Quantize
@@ -27,6 +28,7 @@ __all__ = [
     "Factorize",
     "MergeModels",
     "MergeTokens",
+    "PruneDepth",
     "PruneNM",
     "PruneTokens",
     "PruneWidth",
@@ -43,7 +45,7 @@ __all__ = [
 def paretoc_passes() -> list[type[Pass]]:
     return [
         *(Canonicalize, MergeModels, PruneNM, PruneWidth, Rotate, Smooth, Quantize, QuantizeCache, CorrectBias),
-        *(Factorize, Reconstruct, ReduceTokens, MergeTokens, PruneTokens),
+        *(PruneDepth, Factorize, Reconstruct, ReduceTokens, MergeTokens, PruneTokens),
     ]
 
 

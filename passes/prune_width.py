@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ..compiler.axes import Axes, Axis, find_axes
 from ..compiler.axis_kinds import KINDS, axis_kinds
-from ..compiler.axis_moves import resized, slice_all
+from ..compiler.axis_moves import slice_all
 from ..compiler.backend import channel_multiple
 from ..compiler.calibrate import Stream
-from ..compiler.cost import measure
 from ..compiler.errors import OptionError, PassError
 from ..compiler.importance import Criterion
 from ..compiler.importance import measure as importance
@@ -28,8 +27,7 @@ from ..compiler.program import Program
 from ..compiler.refit import fitted_readers
 from ..compiler.registry import registry
 from ..compiler.sites import site_of
-from ..compiler.targets import select
-from ..compiler.widths import Ledger, worth
+from ..compiler.widths import Clock, Ledger, only_budget, within_latency, worth
 
 _BUDGETS = ("ratio", "macs", "parameters", "latency")
 
@@ -64,16 +62,10 @@ class PruneWidth(SitePass):
     def __post_init__(self) -> None:
         super().__post_init__()
         where = f"pass {self.name!r}"
-        given = [option for option in _BUDGETS if getattr(self, option) is not None]
-        if len(given) != 1:
-            raise OptionError(
-                f"{' and '.join(given) or 'nothing'} says how much is to go",
-                where=where,
-                fix=f"give one of {', '.join(_BUDGETS)}",
-            )
+        given = only_budget({option: getattr(self, option) for option in _BUDGETS}, where)
         object.__setattr__(self, "axes", (self.axes,) if isinstance(self.axes, str) else tuple(self.axes))
         for option, valid, fix in (
-            (given[0], 0 < getattr(self, given[0]) <= 1, "give the share that stays, such as 0.7"),
+            (given, 0 < getattr(self, given) <= 1, "give the share that stays, such as 0.7"),
             ("round_to", self.round_to is None or self.round_to >= 1, "give a number of channels such as 8"),
             ("damp", self.damp >= 0, "give a share of the mean of diag(H) such as 0.001"),
             ("axes", self.axes and set(self.axes) <= set(KINDS), f"choose among {', '.join(KINDS)}"),
@@ -93,9 +85,10 @@ class PruneWidth(SitePass):
         result, axes = PassResult(), find_axes(program)
         steps = self._steps(axes, ctx, result)
         scores = importance(list(steps), self.ranking(), ctx.batches, ctx.track)
-        widths = self._widths(axes, steps, scores, ctx)
+        widths, measured = self._widths(axes, steps, scores, ctx)
         kept = {axis: _best(scores[axis], width) for axis, width in widths.items() if width < axis.size}
         result.metrics = {"axes": len(kept), "channels": sum(widths.values()) / sum(axis.size for axis in widths)}
+        result.metrics |= measured
         result.matched = list(dict.fromkeys(path for axis in kept for path in _layers(axis)))
         if self.refit:
             fitted, result.warnings = fitted_readers(kept, Stream(program, ctx.batches), self.damp, ctx.track)
@@ -106,13 +99,12 @@ class PruneWidth(SitePass):
 
     def _steps(self, axes: Axes, ctx: Context, result: PassResult) -> dict[Axis, int]:
         """The axes that lose channels, and how many leave at once; fills in what is skipped, and why."""
-        kinds, ranking = axis_kinds(axes), self.ranking()
-        wanted, ignored = self._named(axes.program, self.targets), self._named(axes.program, self.ignore)
+        kinds, ranking, chosen = axis_kinds(axes), self.ranking(), self.chooses(axes.program)
         multiple = self.round_to or channel_multiple(registry().backend(ctx.target))
         steps: dict[Axis, int] = {}
         for axis in axes:
             layers, kind = _layers(axis), kinds.get(axis, "")
-            if (self.targets and not wanted & set(layers)) or ignored & set(layers):
+            if not chosen(layers):
                 continue
             step = _step(axis, multiple)
             reason = _refusal(axis, kind, self.axes) or (
@@ -122,8 +114,8 @@ class PruneWidth(SitePass):
                 steps[axis] = step
             elif kind in self.axes or self.targets:
                 result.skipped |= dict.fromkeys(layers, reason)
-        chosen = {path for axis in steps for path in _layers(axis)}
-        result.skipped = {path: reason for path, reason in result.skipped.items() if path not in chosen}
+        narrower = {path for axis in steps for path in _layers(axis)}
+        result.skipped = {path: reason for path, reason in result.skipped.items() if path not in narrower}
         if not steps:
             found = list(dict.fromkeys(result.skipped.values()))
             reasons = "; ".join(found[:3]) or "no layer makes channels that another reads"
@@ -134,21 +126,36 @@ class PruneWidth(SitePass):
             )
         return steps
 
-    def _named(self, program: Program, patterns: tuple[str, ...]) -> set[str]:
-        found = select(program, patterns, (), self.kinds, where=f"pass {self.name!r}") if patterns else None
-        return {site.path for site in found.sites} if found else set()
-
     def _widths(
         self, axes: Axes, steps: Mapping[Axis, int], scores: Mapping[Axis, Tensor], ctx: Context
-    ) -> dict[Axis, int]:
+    ) -> tuple[dict[Axis, int], dict[str, float]]:
+        """The channels that stay in each axis; under a latency also the share of the multiply–accumulates that is
+        left, which predicts it, and the latency measured."""
         if self.ratio is not None:
-            return {axis: _width(axis, self.ratio, step) for axis, step in steps.items()}
+            return {axis: _width(axis, self.ratio, step) for axis, step in steps.items()}, {}
         tried = {axis: _width(axis, _TRIED, step) for axis, step in steps.items()}
         prices = worth(scores, tried, ctx.batches, self.damp if self.refit else None, ctx.track)
         ledger = Ledger(axes, "parameters" if self.parameters else "macs")
-        if self.latency is not None:
-            return _fast_enough(ledger, steps, prices, self.latency, ctx)
-        return ledger.spend(steps, prices, self.macs or self.parameters or 1.0)
+        if self.latency is None:
+            return ledger.spend(steps, prices, self.macs or self.parameters or 1.0), {}
+        clock, least = Clock(axes.program, ctx.target, ctx.seed), dict(steps)
+        found, taken = within_latency(
+            self.latency,
+            spend=lambda share: ledger.spend(steps, prices, share),
+            fastest=least,
+            least=ledger.share(least),
+            time=lambda widths: clock(_sliced(axes, widths)),
+            track=ctx.track,
+        )
+        return found, {"macs": ledger.share(found), "latency": taken}
+
+
+def _sliced(axes: Axes, widths: Mapping[Axis, int]) -> Program:
+    """A copy with the first channels of each axis: it takes as long as with the best."""
+    narrow = axes.program.clone()
+    same = dict(zip(axes, find_axes(narrow), strict=True))
+    slice_all(narrow, {same[axis]: range(width) for axis, width in widths.items()})
+    return narrow
 
 
 def _refusal(axis: Axis, kind: str, chosen: Sequence[str]) -> str | None:
@@ -186,41 +193,3 @@ def _best(scores: Tensor, width: int) -> Tensor:
 
 #: the share of an axis that is left when it is measured what this does to the outputs
 _TRIED = 0.5
-#: how often the widths under a latency are halved in, and the seconds that each candidate is measured
-_HALVINGS, _SECONDS = 5, 3.0
-
-
-def _fast_enough(
-    ledger: Ledger, steps: Mapping[Axis, int], prices: Mapping[Axis, Tensor], share: float, ctx: Context
-) -> dict[Axis, int]:
-    """The widths with most multiply–accumulates that take at most `share` of the latency, by bisection."""
-    program, backend = ledger.axes.program, registry().backend(ctx.target)
-    whole, inputs = backend.lower(program, {"seed": ctx.seed}), program.users_example()
-
-    def latency(widths: Mapping[Axis, int]) -> float:
-        narrow = program.clone()
-        same = dict(zip(ledger.axes, find_axes(narrow), strict=True))
-        slice_all(narrow, {same[axis]: range(width) for axis, width in widths.items()})
-        lowered = backend.lower(narrow, {"seed": ctx.seed})
-        calls = {"whole": lambda: whole.run(inputs), "narrow": lambda: lowered.run(inputs)}
-        taken = measure(calls, runs=100, budget_s=_SECONDS)
-        return taken["narrow"].median / taken["whole"].median
-
-    least = dict(steps)
-    if (reached := latency(least)) > share:
-        raise OptionError(
-            f"{share:.3g} of the latency cannot be reached: {reached:.3g} is the least",
-            where="spending the budget on widths",
-            fix="raise the budget, prune more kinds of axes (axes=), or lower round_to=",
-        )
-    with resized(least):
-        left = ledger.total()
-    low, high, found = left / ledger.total(), 1.0, least
-    for _ in ctx.track(range(_HALVINGS), "measuring latency"):
-        middle = (low + high) / 2
-        widths = ledger.spend(steps, prices, middle)
-        if latency(widths) <= share:
-            low, found = middle, widths
-        else:
-            high = middle
-    return found

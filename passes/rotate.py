@@ -15,16 +15,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from ..compiler.channels import ChannelAxis, Pin, Use, channel_axes, output_axis
+from ..compiler.axes import Axis, Pin, Use, find_axes
+from ..compiler.axis_moves import rotate
 from ..compiler.errors import OptionError, PassError
-from ..compiler.norms import Norm, rms_norm
+from ..compiler.norms import Norm, norms, rms_norm
 from ..compiler.orthogonal import factors, has_hadamard, rotation
 from ..compiler.passes import Context, Pass, PassResult, Phase
-from ..compiler.program import Program, describe, shape_of
-from ..compiler.sites import LINEAR, weight_sites
+from ..compiler.program import Program, describe, operands, shape_of
+from ..compiler.sites import LINEAR, MATMUL, SDPA, weight_sites
 from ..compiler.weights import Operand, WeightEdits
 
 aten = torch.ops.aten
+#: operators that mix tokens → which operand holds them
+_VALUES = {**dict.fromkeys(MATMUL, 1), **dict.fromkeys(SDPA, 2)}
 
 
 @dataclass(frozen=True)
@@ -56,19 +59,17 @@ class Rotate(Pass):
             )
 
     def apply(self, program: Program, ctx: Context) -> PassResult:
-        axes = channel_axes(program, "rotate")
-        result, turn = PassResult(), _Turn(program, axes, self.kind, ctx.seed if self.seed is None else self.seed)
+        result, axes = PassResult(), _Axes(program)
+        turn = _Turn(program, self.kind, ctx.seed if self.seed is None else self.seed)
         paths = {site.node: site.path for site in weight_sites(program)}
-        streams = self._streams(axes, result) if self.stream else []
-        last = [norm for axis in streams for norm in axis.norms if _kept(axes, norm)]
-        heads = [a for a in axes if a.heads and not a.norms and _separable(a)] if self.heads else []
+        streams = self._streams(axes, result) if self.stream else {}
+        last = {norm: pin for read in streams.values() for norm in read if (pin := axes.kept(norm))}
+        heads = axes.heads() if self.heads else []
         for axis in heads:
             turn.head(axis)
-        for axis in streams:
-            turn.writers(axis)
-        for axis in streams:
-            turn.readers(axis)
-        downs = _downs(program, axes, turn.turned) if self.online else []
+        for axis, read in streams.items():
+            turn.stream(axis, [norm for norm in read if norm not in last], read[0].centred, axes)
+        downs = axes.downs(turn.turned) if self.online else []
         for node in downs:
             turn.online(node)
         if not turn.edits.values:
@@ -77,10 +78,10 @@ class Rotate(Pass):
         result.matched = list(dict.fromkeys(path for node, path in paths.items() if node in changed))
         for name in turn.edits.commit():
             result.warnings.append(f"{name} is a tensor of its own now: what it was shared with changes differently")
-        for norm in (n for axis in streams for n in axis.norms):
+        for norm in (norm for read in streams.values() for norm in read):
             if norm in last:
                 turn.back(norm)
-                result.warnings.append(f"one more matrix product: {_kept(axes, norm)}, so it is rotated back before")
+                result.warnings.append(f"one more matrix product: {last[norm]}, so it is rotated back before")
             else:
                 rms_norm(program, norm)
         result.warnings += [f"no Hadamard matrix of order {n} is known: a random rotation instead" for n in turn.random]
@@ -88,16 +89,18 @@ class Rotate(Pass):
         program.refresh()
         return result
 
-    def _streams(self, axes: list[ChannelAxis], result: PassResult) -> list[ChannelAxis]:
-        """The residual streams that can be rotated; PassError when none can."""
-        streams = [axis for axis in axes if axis.norms]
-        reasons = [_forbidden(axes, axis) for axis in streams]
-        for axis, pin in zip(streams, reasons, strict=True):
-            if pin is not None:
-                result.skipped[axis.norms[0].output.name] = str(pin)
-        if streams and all(reasons):
-            pin = reasons[0]
-            assert pin is not None
+    def _streams(self, axes: _Axes, result: PassResult) -> dict[Axis, list[Norm]]:
+        """The residual streams that can be rotated, with the norms that read them; PassError when none can."""
+        forbidden = dict(axes.broken)
+        streams: dict[Axis, list[Norm]] = {}
+        for axis, read in axes.streams.items():
+            if pin := axes.forbidden(axis, read):
+                forbidden[read[0]] = pin
+            else:
+                streams[axis] = read
+        result.skipped = {norm.output.name: str(pin) for norm, pin in forbidden.items()}
+        if forbidden and not streams:
+            pin = next(iter(forbidden.values()))
             raise PassError(
                 f"the residual stream cannot be rotated: {pin.why}",
                 where=describe(pin.node),
@@ -109,83 +112,100 @@ class Rotate(Pass):
                 where="pass 'rotate'",
                 fix="leave rotate out for this model, or rotate only its attention heads with stream=false",
             )
-        return [axis for axis, pin in zip(streams, reasons, strict=True) if pin is None]
+        return streams
 
 
-def _forbidden(axes: list[ChannelAxis], axis: ChannelAxis) -> Pin | None:
-    """What forbids to rotate a stream, if anything does."""
-    everything = torch.arange(axis.size)
-    if axis.pins:
-        return axis.pins[0]
-    if axis.sources:
-        return Pin(everything, "the weights of a norm act on what is added to it (post-norm)", axis.sources[0].output)
-    kept = [pin for norm in axis.norms if (pin := _kept(axes, norm))]
-    if len(kept) > 1 or len(kept) == len(axis.norms):
-        return kept[0]
-    for norm in axis.norms:
-        if norm.centred != axis.norms[0].centred:
-            return Pin(everything, "some of its norms subtract the mean, and this one differs", norm.output)
-        if norm.input.meta["val"].dtype != norm.output.meta["val"].dtype:
-            return Pin(everything, "its norm changes the dtype", norm.output)
-    if axis.width < axis.size:
-        return Pin(everything, f"an attention passes it in heads of width {axis.width}", axis.norms[0].output)
-    if axis.norms[0].centred and axis.readers:
-        return Pin(everything, "this reads it without a norm that subtracts the mean", axis.readers[0].operand.node)
-    behind = [use for norm in axis.norms if not _kept(axes, norm) for use in output_axis(axes, norm).readers]
-    uses = [*axis.writers, *axis.readers, *behind]
-    apart = next((u for u in uses if _runs(u, axis.free, axis.size) is None), None)
-    return None if apart is None else Pin(everything, "this takes its channels apart", apart.operand.node)
+class _Axes:
+    """The axes that norms read and make. `streams`: those that norms read as a whole; `broken`: norms that read a value
+    of another kind, and what that is; `parts`: the axes in these values."""
 
+    def __init__(self, program: Program) -> None:
+        self.program, self.axes, self.norms = program, find_axes(program, "rotate"), norms(program)
+        self.outputs = {norm: self._whole(norm.output) for norm in self.norms}
+        self.streams: dict[Axis, list[Norm]] = {}
+        self.broken: dict[Norm, Pin] = {}
+        self.parts: dict[Axis, Pin] = {}
+        for norm in self.norms:
+            if axis := self._whole(norm.input):
+                self.streams.setdefault(axis, []).append(norm)
+            else:
+                self.broken[norm] = self._torn(norm.input)
+                self.parts |= dict.fromkeys(self.axes.at(norm.input, -1), self.broken[norm])
 
-def _kept(axes: list[ChannelAxis], norm: Norm) -> Pin | None:
-    """Why the weights of a norm cannot go into the layers behind it, if so. One such norm of a stream, usually the
-    last one whose output the model returns, can be given the stream rotated back."""
-    output = output_axis(axes, norm)
-    if output.writers or output.norms or len(output.sources) > 1:
-        return Pin(
-            torch.arange(output.size), "other values are added to what this norm scales (post-norm)", norm.output
-        )
-    return output.pins[0] if output.pins else None
+    def _whole(self, value: fx.Node) -> Axis | None:
+        """The axis that is the last dimension of a value."""
+        held = self.axes.at(value, -1)
+        return held[0] if len(held) == 1 and held[0].size == shape_of(value)[-1] else None
 
+    def _torn(self, value: fx.Node) -> Pin:
+        return self.axes.why(value, -1, "fold") or Pin("not all of its channels may be mixed with one another", value)
 
-def _separable(axis: ChannelAxis) -> bool:
-    """Whether the heads that pass an attention can be rotated, each by itself."""
-    uses = [*axis.writers, *axis.readers]
-    linear = all(use.operand.index > 0 and use.operand.node.target in LINEAR for use in uses)
-    runs = [_runs(use, axis.free, axis.width) for use in uses]
-    return linear and bool(axis.readers) and not axis.sources and all(r is not None and len(r) for r in runs)
-
-
-def _runs(use: Use, free: Tensor, width: int) -> Tensor | None:
-    """Places `[n, width]` in the dimension of a use that hold whole blocks of free channels, in order; None when a
-    block is torn."""
-    if len(use.channels) % width:
+    def forbidden(self, axis: Axis, read: list[Norm]) -> Pin | None:
+        """What forbids to rotate a stream, if anything does."""
+        if pin := axis.why("fold") or self.parts.get(axis):
+            return pin
+        source = next((norm for norm, output in self.outputs.items() if output is axis and not norm.plain), None)
+        if source is not None:
+            return Pin("the weights of a norm act on what is added to it (post-norm)", source.output)
+        kept = [pin for norm in read if (pin := self.kept(norm))]
+        if len(kept) > 1 or len(kept) == len(read):
+            return kept[0]
+        for norm in read:
+            if norm.centred != read[0].centred:
+                return Pin("some of its norms subtract the mean, and this one differs", norm.output)
+            if norm.input.meta["val"].dtype != norm.output.meta["val"].dtype:
+                return Pin("its norm changes the dtype", norm.output)
+        raw = next((use.operand.node for use in axis.uses if use.sums), None)
+        if read[0].centred and raw is not None:
+            return Pin("this reads it without a norm that subtracts the mean", raw)
         return None
-    runs = use.channels.reshape(-1, width)
-    live = (runs >= 0) & free[runs.clamp(min=0)]
-    whole = (runs == runs[:, :1] + torch.arange(width)).all(1) & (runs[:, 0] % width == 0)
-    if bool((live.any(1) & ~(live.all(1) & whole)).any()):
-        return None
-    return torch.arange(len(use.channels)).reshape(-1, width)[live.all(1)]
+
+    def kept(self, norm: Norm) -> Pin | None:
+        """Why the weights of a norm cannot go into the layers behind it, if so. One such norm of a stream, usually the
+        last one whose output the model returns, can be given the stream rotated back."""
+        output = self.outputs[norm]
+        if norm.plain:
+            return None
+        if output is None:
+            return self._torn(norm.output)
+        others = [use for use in output.uses if not use.sums and use.operand not in (norm.weight, norm.bias)]
+        if others or output in self.streams:
+            return Pin("other values are added to what this norm scales (post-norm)", norm.output)
+        if pin := output.why("fold") or self.parts.get(output):
+            return pin
+        if norm.bias is None or norm.bias.source is None:
+            return None
+        other = next((use.operand.node for use in output.sums if not _linear(use)), None)
+        return output.why("offset") if other is None else Pin("no bias of this can take up the bias of its norm", other)
+
+    def heads(self) -> list[Axis]:
+        """The widths of attention heads that linear layers make and read, and nothing else."""
+        given = [(n, _VALUES[n.target]) for n in self.program.graph.nodes if n.target in _VALUES]
+        values = [axis for node, index in given for axis in self.axes.at(operands(node)[index], -1)]
+        return [a for a in dict.fromkeys(values) if a.free("rotate") and a.sums and all(map(_linear, a.uses))]
+
+    def downs(self, turned: set[fx.Node]) -> list[fx.Node]:
+        """The linears that close a branch and whose input no folded rotation reaches."""
+        outputs = {norm.output for norm in self.norms}
+        behind: set[fx.Node] = set()
+        for node in self.program.graph.nodes:
+            if node in outputs or any(read in behind for read in node.all_input_nodes):
+                behind.add(node)
+        read = dict.fromkeys(axis for norm in self.norms for axis in self.axes.at(norm.input, -1))
+        closing = dict.fromkeys(u.operand.node for a in read for u in a.uses if not u.sums and u.operand.index == 1)
+        linears = [n for n in closing if n.target in LINEAR and n.args[0] in behind and n not in turned]
+        return [n for n in linears if self.program.encoding(operands(n)[1]) is None]
 
 
-def _downs(program: Program, axes: list[ChannelAxis], turned: set[fx.Node]) -> list[fx.Node]:
-    """The linears that close a branch and whose input no folded rotation reaches."""
-    outputs = {norm.output for axis in axes for norm in axis.norms}
-    behind: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        if node in outputs or any(read in behind for read in node.all_input_nodes):
-            behind.add(node)
-    closing = (use.operand.node for axis in axes if axis.norms for use in axis.writers if use.operand.index == 1)
-    linears = [n for n in dict.fromkeys(closing) if n.target in LINEAR and n.args[0] in behind and n not in turned]
-    return [n for n in linears if isinstance(weight := n.args[1], fx.Node) and program.encoding(weight) is None]
+def _linear(use: Use) -> bool:
+    return use.operand.index > 0 and use.operand.node.target in LINEAR
 
 
 class _Turn:
     """The new weights. Every rotation acts on rows: v → v·Q for what is written and for the columns of what reads."""
 
-    def __init__(self, program: Program, axes: list[ChannelAxis], kind: str, seed: int) -> None:
-        self.program, self.axes, self.kind, self.seed = program, axes, kind, seed
+    def __init__(self, program: Program, kind: str, seed: int) -> None:
+        self.program, self.kind, self.seed = program, kind, seed
         self.edits = WeightEdits(program)
         self.turned: set[fx.Node] = set()  # linears whose input is rotated
         self.random: list[int] = []  # orders without a Hadamard matrix
@@ -195,47 +215,32 @@ class _Turn:
             self.random.append(n)
         return rotation(n, self.kind, self.seed)
 
-    def head(self, axis: ChannelAxis) -> None:
-        matrix = self.rotation(axis.width)
-        self._turn(axis.writers, axis.free, matrix)
-        self._turn(axis.readers, axis.free, matrix)
-        self.turned |= {use.operand.node for use in axis.readers}
+    def head(self, axis: Axis) -> None:
+        rotate(self.edits, axis.uses, self.rotation(axis.size))
+        self.turned |= {use.operand.node for use in axis.sums}
 
-    def writers(self, axis: ChannelAxis) -> None:
+    def stream(self, axis: Axis, folded: Iterable[Norm], centred: bool, axes: _Axes) -> None:
         """The mean goes before the rotation where LayerNorms would subtract it."""
         matrix = self.rotation(axis.size)
-        mean = matrix.mean(0, keepdim=True) if axis.norms[0].centred else 0
-        self._turn(axis.writers, axis.free, matrix - mean)
-
-    def readers(self, axis: ChannelAxis) -> None:
-        matrix = self.rotation(axis.size)
-        self._turn(axis.readers, axis.free, matrix)
-        for norm in axis.norms:
-            if _kept(self.axes, norm):
-                continue
-            output = output_axis(self.axes, norm)
-            self._fold(norm, output.readers)
-            self._turn(output.readers, output.free, matrix)
-
-    def _turn(self, uses: Iterable[Use], free: Tensor, matrix: Tensor) -> None:
-        for use in uses:
-            value = self.edits[use.operand].movedim(use.dim, -1).clone()
-            runs = _runs(use, free, len(matrix))
-            assert runs is not None
-            value[..., runs] = value[..., runs] @ matrix
-            self.edits[use.operand] = value.movedim(-1, use.dim)
+        writers = [use for use in axis.uses if not use.sums]
+        rotate(self.edits, writers, matrix - matrix.mean(0, keepdim=True) if centred else matrix)
+        rotate(self.edits, axis.sums, matrix)
+        for norm in folded:
+            if not norm.plain and (output := axes.outputs[norm]):
+                self._fold(norm, output.sums)
+                rotate(self.edits, output.sums, matrix)
 
     def _fold(self, norm: Norm, readers: Iterable[Use]) -> None:
         """W·(γ∘n + β) + b = (W·diag γ)·n + (b + W·β)."""
         for use in readers:
-            held, weight = use.channels >= 0, self.edits[use.operand].clone()
+            held, weight = use.channels >= 0, self.edits[use.operand].movedim(use.dim, -1).clone()
             if norm.bias is not None and norm.bias.source is not None:
                 bias = Operand(use.operand.node, 2, "bias")
                 shift = weight[:, held] @ self.edits[norm.bias][use.channels[held]]
                 self.edits[bias] = self.edits[bias] + shift if bias in self.edits else shift
             if norm.weight is not None and norm.weight.source is not None:
-                weight[:, held] *= self.edits[norm.weight][use.channels[held]]
-                self.edits[use.operand] = weight
+                weight[..., held] *= self.edits[norm.weight][use.channels[held]]
+                self.edits[use.operand] = weight.movedim(-1, use.dim)
 
     def online(self, node: fx.Node) -> None:
         """x → x·(A ⊗ B): with x seen as a matrix X `[a, b]`, Aᵀ·X·B."""

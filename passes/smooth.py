@@ -10,21 +10,22 @@ through nothing but movements, an attention's values, ReLU or a product with a g
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from ..compiler.channels import ChannelAxis, Use, channel_axes
+from ..compiler.axes import Axis, Use, find_axes
+from ..compiler.axis_moves import scale
 from ..compiler.encodings import Affine, Encoding, parse_encoding
 from ..compiler.errors import OptionError, ParetocError, PassError, did_you_mean
 from ..compiler.passes import Context, PassResult, Phase, SitePass
 from ..compiler.program import Program, describe, operands
-from ..compiler.sites import Site, weight_sites
+from ..compiler.sites import weight_sites
 from ..compiler.statistics import ChannelMax, ChannelMean, Sample, Statistic
-from ..compiler.weights import WeightEdits
+from ..compiler.weights import Operand, WeightEdits
 
 _RULES: dict[str, tuple[type[Statistic], ...]] = {"smoothquant": (ChannelMax,), "awq": (ChannelMean, Sample)}
 _LEAST = 1e-5
@@ -63,38 +64,35 @@ class Smooth(SitePass):
             parse_encoding(self.weights)
 
     def needs(self, program: Program) -> list[Statistic]:
-        nodes = {_input(use): None for axis, _ in self._axes(program, PassResult()) for use in axis.readers}
+        nodes = {_input(use): None for axis in self._axes(program, PassResult()) for use in axis.sums}
         return [kind(node.name) for node in nodes for kind in _RULES[self.rule]]
 
     def apply(self, program: Program, ctx: Context) -> PassResult:
         result, edits = PassResult(), WeightEdits(program)
         axes = self._axes(program, result)
-        for axis, free in ctx.track(axes, self.name):
-            scale = self._smoothquant(axis, edits, ctx) if self.rule == "smoothquant" else self._awq(axis, edits, ctx)
-            scale = torch.where(free & torch.isfinite(scale), scale, 1.0)
-            _fold(axis, scale, edits)
+        for axis in ctx.track(axes, self.name):
+            sizes = self._smoothquant(axis, edits, ctx) if self.rule == "smoothquant" else self._awq(axis, edits, ctx)
+            scale(edits, axis, torch.where(torch.isfinite(sizes), 1 / sizes, 1.0))
         edits.commit()
-        result.metrics = {"axes": len(axes), "channels": sum(int(free.sum()) for _, free in axes)}
+        result.metrics = {"axes": len(axes), "channels": sum(axis.size for axis in axes)}
         program.refresh()
         return result
 
-    def _axes(self, program: Program, result: PassResult) -> list[tuple[ChannelAxis, Tensor]]:
-        """(axis, which of its channels are scaled); fills in what matched and what is skipped, and why."""
-        chosen = {site.node: site for site in self.sites(program)}
-        axes, reasons, matched = [], {node: _no_source(site) for node, site in chosen.items()}, set()
-        for axis in channel_axes(program, "scale"):
-            _leave(axis, chosen, program)
-            free = axis.free
-            reached = [use for use in axis.readers if bool(_held(use, free).any())]
-            reasons |= {u.operand.node: str(pin) for u in axis.readers if (pin := axis.pinned(u.channels))}
-            if reached:
-                read = torch.zeros(axis.size, dtype=torch.bool)
-                for use in reached:
-                    read[use.channels[_held(use, free)]] = True
-                axes.append((axis, free & read))
-                matched |= {use.operand.node for use in reached}
-        result.matched = [site.path for node, site in chosen.items() if node in matched]
-        result.skipped = {site.path: reasons[node] for node, site in chosen.items() if node not in matched}
+    def _axes(self, program: Program, result: PassResult) -> list[Axis]:
+        """The axes that are scaled; fills in which sites matched and which are skipped, and why."""
+        paths = {site.node: site.path for site in weight_sites(program)}
+        chosen = {site.node: site.path for site in self.sites(program)}
+        reasons = {node: Operand(node, 1).fixed(program) or "its input has no channels" for node in chosen}
+        axes, matched = [], set()
+        for axis in find_axes(program, "scale"):
+            readers = {use.operand.node for use in axis.sums}
+            if why := _why(axis, chosen, paths):
+                reasons |= dict.fromkeys(readers & chosen.keys(), why)
+            elif readers:
+                axes.append(axis)
+                matched |= readers
+        result.matched = [path for node, path in chosen.items() if node in matched]
+        result.skipped = {path: reasons[node] for node, path in chosen.items() if node not in matched}
         if not axes:
             found = [f"{path}: {reason}" for path, reason in list(result.skipped.items())[:3]]
             raise PassError(
@@ -104,21 +102,21 @@ class Smooth(SitePass):
             )
         return axes
 
-    def _smoothquant(self, axis: ChannelAxis, edits: WeightEdits, ctx: Context) -> Tensor:
-        activations = _largest(axis, ((u, ctx.statistic(ChannelMax(_input(u).name))) for u in axis.readers))
-        weights = _largest(axis, ((u, edits[u.operand].abs().amax(0)) for u in axis.readers))
+    def _smoothquant(self, axis: Axis, edits: WeightEdits, ctx: Context) -> Tensor:
+        activations = _largest(axis, ((u, ctx.statistic(ChannelMax(_input(u).name))) for u in axis.sums))
+        weights = _largest(axis, ((u, edits[u.operand].abs().amax(0)) for u in axis.sums))
         scale = activations**self.alpha / weights.clamp(min=_LEAST) ** (1 - self.alpha)
         return torch.where(activations > 0, scale.clamp(min=_LEAST), 1.0)  # calibration never saw the others
 
-    def _awq(self, axis: ChannelAxis, edits: WeightEdits, ctx: Context) -> Tensor:
-        means = _largest(axis, ((u, ctx.statistic(ChannelMean(_input(u).name))) for u in axis.readers))
-        alive = axis.free & (means > 0)
+    def _awq(self, axis: Axis, edits: WeightEdits, ctx: Context) -> Tensor:
+        means = _largest(axis, ((u, ctx.statistic(ChannelMean(_input(u).name))) for u in axis.sums))
+        alive = means > 0
         best, least = torch.ones_like(means), torch.inf
         for step in range(_STEPS):
             scale = torch.where(alive, means.clamp(min=1e-4) ** (step / _STEPS), 1.0)
             span = scale[alive]
             scale = torch.where(alive, scale / (span.max() * span.min()).sqrt(), 1.0) if len(span) else scale
-            loss = sum(self._loss(use, scale, edits, ctx) for use in axis.readers)
+            loss = sum(self._loss(use, scale, edits, ctx) for use in axis.sums)
             if loss < least:
                 best, least = scale, loss
         return best
@@ -126,7 +124,7 @@ class Smooth(SitePass):
     def _loss(self, use: Use, scale: Tensor, edits: WeightEdits, ctx: Context) -> float:
         """‖Q(W·diag s)·(X/s) − W·X‖² on the sampled inputs of one layer."""
         weight, x = edits[use.operand].float(), ctx.statistic(Sample(_input(use).name))[0]
-        columns = torch.where(use.channels >= 0, scale[use.channels.clamp(min=0)], 1.0).float()
+        columns = use.spread(scale).float()
         encoding, scaled = self._encoding(weight.shape[1]), weight * columns
         try:
             encoding.check(scaled)
@@ -149,40 +147,23 @@ def _input(use: Use) -> fx.Node:
     return node
 
 
-def _held(use: Use, free: Tensor) -> Tensor:
-    """bool over the columns of a layer: those that hold a free channel."""
-    return (use.channels >= 0) & free[use.channels.clamp(min=0)]
-
-
-def _leave(axis: ChannelAxis, chosen: dict[fx.Node, Site], program: Program) -> None:
-    """Pin what the user leaves out, and what shares a weight with something else."""
-    for use in (*axis.writers, *axis.readers):
+def _why(axis: Axis, chosen: Container[fx.Node], paths: Mapping[fx.Node, str]) -> str:
+    """Why an axis is not scaled: what forbids it, what has to keep a shared weight, what the user leaves out."""
+    if pin := axis.why("scale"):
+        return str(pin)
+    for use in axis.uses:
         if use.operand.shared():
-            axis.pin(use.channels, f"its {use.operand.leaf} is shared with other layers", use.operand.node)
-    paths = {site.node: site.path for site in weight_sites(program)}
-    for use in axis.readers:
-        if use.operand.node not in chosen:
-            axis.pin(use.channels, f"{paths[use.operand.node]!r} reads it too and is left out", use.operand.node)
+            return f"its {use.operand.leaf} is shared with other layers (node {use.operand.node.name})"
+        if use.sums and use.operand.node not in chosen:
+            node = use.operand.node
+            return f"{paths.get(node, node.name)!r} reads it too and is left out (node {node.name})"
+    return ""
 
 
-def _no_source(site: Site) -> str:
-    return f"the channels of its input cannot be followed to a weight (node {site.input.name}, {site.input.target})"
-
-
-def _largest(axis: ChannelAxis, found: Iterable[tuple[Use, Tensor]]) -> Tensor:
+def _largest(axis: Axis, found: Iterable[tuple[Use, Tensor]]) -> Tensor:
     """Per column of each layer → the largest per channel of the axis, float64."""
     largest = torch.zeros(axis.size, dtype=torch.float64)
     for use, values in found:
         held = use.channels >= 0
         largest.scatter_reduce_(0, use.channels[held], values.double()[held], "amax")
     return largest
-
-
-def _fold(axis: ChannelAxis, scale: Tensor, edits: WeightEdits) -> None:
-    for use in axis.writers:
-        missing = use.operand not in edits  # a norm without a weight gets one
-        value = torch.ones(axis.size, dtype=torch.float64) if missing else edits[use.operand]
-        edits[use.operand] = (value.movedim(use.dim, -1) / scale).movedim(-1, use.dim)
-    for use in axis.readers:
-        columns = torch.where(use.channels >= 0, scale[use.channels.clamp(min=0)], 1.0)
-        edits[use.operand] = edits[use.operand] * columns

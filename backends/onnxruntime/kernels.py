@@ -15,7 +15,7 @@ import onnxruntime
 
 from ...compiler.backend import Row
 from .projections import JOINT
-from .speeds import MARGIN, load_speeds
+from .speeds import MARGIN, Speeds, load_speeds
 
 #: the fast integer kernels
 _INTEGER = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv"}
@@ -64,13 +64,13 @@ def explain_session(
             session.run(None, dict(feeds))
         times = _node_times(Path(session.end_profiling()))
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
-    nodes, peaks = _by_site(graph, sites, convolved), load_speeds().peaks
+    nodes, speeds = _by_site(graph, sites, convolved), load_speeds()
     work: dict[str, int] = defaultdict(int)  # of all sites that a node runs
     for site in sites:
         if site.path in nodes:
             work[nodes[site.path].name] += site.macs
-    times = {site.path: _share(times, work, nodes[site.path].name, site.macs) for site in sites if site.path in nodes}
-    return [_row(site, nodes.get(site.path), times.get(site.path), peaks) for site in sites if site.kind != "norm"]
+    taken = {site.path: _share(times, work, nodes[site.path].name, site.macs) for site in sites if site.path in nodes}
+    return [_row(site, nodes.get(site.path), taken.get(site.path), speeds) for site in sites if site.kind != "norm"]
 
 
 def _share(times: Mapping[str, float], work: Mapping[str, int], name: str, macs: int) -> float | None:
@@ -124,15 +124,18 @@ def _owner(name: str, known: set[str]) -> str | None:
     return path if separator and path in known else None
 
 
-def _row(site: Placed, node: onnx.NodeProto | None, taken: float | None, peaks: Mapping[str, float]) -> Row:
+def _row(site: Placed, node: onnx.NodeProto | None, taken: float | None, speeds: Speeds) -> Row:
     if node is None:
         note = "no node of the optimised graph reads its weight"
         return Row(site.path, site.encoding, "folded away or fused", False, note=note)
     kernel, fast, note = _describe(node, site)
-    peak = peaks["int8" if _on_integers(node) else "fp32"]
-    least = max(2 * site.macs / peak, site.bytes / peaks["memory"]) / 1e6 if site.macs else 0.0
-    share, instead = least / taken if taken else None, "" if fast else site.instead
-    return Row(site.path, site.encoding, kernel, fast, taken, note, site.speed, share, site.macs, instead)
+    share, instead = None, "" if fast else site.instead
+    if taken and (peaks := speeds.peaks):
+        peak = peaks["int8" if _on_integers(node) else "fp32"]
+        share = max(2 * site.macs / peak, site.bytes / peaks["memory"]) / 1e6 / taken if site.macs else 0.0
+    speed = site.speed if speeds.known(site.form) else None
+    note = note or (speeds.stated if site.form else "")
+    return Row(site.path, site.encoding, kernel, fast, taken, note, speed, share, site.macs, instead)
 
 
 def predicted_rows(sites: Sequence[Placed]) -> list[Row]:

@@ -195,6 +195,29 @@ class GroupedHeads(Rule):
         return op.Attention(q, k, v, *node.inputs[3:], **node.attributes)
 
 
+class VisibleRows(Rule):
+    """Where a mask is added as finite numbers, the softmax of finite scores is never NaN, and nothing needs to look for
+    one. With −∞ for what is hidden, a row of nothing else is 0/0."""
+
+    def pattern(self, op: Any, scores: ir.Value, mask: ir.Value, zero: ir.Value) -> Any:
+        shares = op.Softmax(op.Add(scores, mask), _allow_other_attributes=True, _outputs=["shares"])
+        return op.Where(op.IsNaN(shares), zero, shares)
+
+    def check(self, context: Any, mask: ir.Value, shares: ir.Value, **_: Any) -> MatchResult:
+        node = mask.producer()
+        if node is None or node.op_type != "Where":
+            return MatchResult().fail("its mask is not made of two numbers")
+        if mask.dtype != ir.DataType.FLOAT:
+            return MatchResult().fail("the least number of another type overflows when a score is added")
+        added = [_number(value) for value in node.inputs[1:] if value is not None]
+        if any(number is None or not np.isfinite(number) for number in added):
+            return MatchResult().fail("it may hide a whole row")
+        return MatchResult()
+
+    def rewrite(self, op: Any, shares: ir.Value, **_: Any) -> Any:
+        return op.Identity(shares)
+
+
 class EmptyPad(Rule):
     """A Pad by nothing is its input: what stands between a convolution and the rounding of its result keeps ONNX
     Runtime from running it on integers."""
@@ -268,7 +291,7 @@ class SaturatedClip(Rule):
 
 #: in the order in which one makes room for the next
 _ORDER = (
-    ResidualSum, RootMeanSquareNorm, GroupedHeads, Rotary, RotaryInside, HeadsInside,
+    ResidualSum, RootMeanSquareNorm, GroupedHeads, Rotary, RotaryInside, HeadsInside, VisibleRows,
     EmptyPad, PaddedConvolution, SaturatedClip,
 )  # fmt: skip
 

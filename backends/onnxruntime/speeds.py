@@ -1,22 +1,29 @@
-"""How fast each form of a linear layer is: the table that chooses kernels.
+"""How fast each form of a linear layer is: the tables that choose kernels, one for each kind of machine.
 
 A speed is a multiple of the fp32 MatMul of the same shape, for 1, 16 and 128 rows; between them the nearest counts.
-`paretoc bench --calibrate` measures this machine (`probe.py`) and keeps the result for later compilations.
+`paretoc bench --calibrate` measures this machine (`probe.py`) and keeps the result for later compilations. Until then:
+
+    x86 with VNNI      measured
+    x86 without        stated, from those: half for u8·s8 (pmaddubsw in place of vpdpbusd), two thirds for MatMulNBits
+                       at accuracy level 4, which takes 1.4 to 1.5 times as long there (microsoft/onnxruntime#24491)
+    other CPUs, CUDA   not known: the first form of the table that fits; which operators CUDA has is listed in
+                       docs/OperatorKernels.md of ONNX Runtime
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import onnxruntime
+import torch
 
 from ...compiler.errors import OptionError
-from ...compiler.files import whole_file
+from ...compiler.files import cache_folder, whole_file
 
 ROWS = (1, 16, 128)
 #: what counts as faster: of equally exact forms, one that takes less memory is preferred to one faster by less
@@ -31,26 +38,39 @@ _MEASURED = {
     "StoredMatMul": (0.11, 0.2, 0.5),
     "FoldedMatMul": (1.0, 1.0, 1.0),
 }
-
-
 #: of the same machine: 10⁹ operations a second, 10⁹ bytes a second
 _PEAKS = {"int8": 890.0, "fp32": 225.0, "memory": 37.0}
+#: form → the share of its speed that is left without VNNI
+_WITHOUT_VNNI = {"DynamicMatMul": 1 / 2, "SharedMatMul": 1 / 2, "IntegerMatMul": 1 / 2, "GroupMatMul": 2 / 3}
+#: the forms of which the CUDA provider has the operators come first: the others run on the CPU, between two copies
+_CUDA = ("BlockMatMul", "FoldedMatMul", "StoredMatMul", "GroupMatMul", "SharedMatMul", "IntegerMatMul", "DynamicMatMul")
+#: with the weights decoded once before they are decoded at every call
+_UNKNOWN = (*list(_MEASURED)[:-2], "FoldedMatMul", "StoredMatMul")
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Form → multiples of fp32 at `ROWS`; `measured` says on what. `peaks` are the rates of the roofline."""
+    """Form → multiples of fp32 at `ROWS`, or nothing where they are not known; `measured` says on what, or `stated`
+    from where. `peaks` are the rates of the roofline, where they are known."""
 
     table: Mapping[str, Sequence[float]] = field(default_factory=lambda: _MEASURED)
     peaks: Mapping[str, float] = field(default_factory=lambda: _PEAKS)
     measured: str = "two cores of an x86 CPU with AVX512-VNNI, ONNX Runtime 1.31.1"
+    stated: str = ""
+
+    def known(self, form: str) -> bool:
+        return bool(self.table.get(form))
 
     def of(self, form: str, rows: int) -> float:
+        """1 where it is not known: no form is claimed to be faster than fp32."""
         nearest = min(range(len(ROWS)), key=lambda i: abs(math.log(ROWS[i] / max(rows, 1))))
-        return self.table[form][nearest]
+        return self.table[form][nearest] if self.known(form) else 1.0
 
     def fastest(self, forms: Sequence[str], rows: int) -> str:
-        """Forms come in the order of the memory they take; the first that is nearly the fastest."""
+        """Forms come in the order of the memory they take; the first that is nearly the fastest. Where nothing is
+        known of them, the first in the table."""
+        if not any(map(self.known, forms)):
+            return min(forms, key=list(self.table).index)
         best = max(self.of(form, rows) for form in forms)
         return next(form for form in forms if self.of(form, rows) * MARGIN >= best)
 
@@ -65,20 +85,58 @@ class Speeds:
 
 
 def cache_file() -> Path:
-    """Where this machine's own table is kept: in PARETOC_CACHE, else in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-    folder = Path(os.environ.get("PARETOC_CACHE", Path(base) / "paretoc"))
-    return folder / f"onnxruntime-{onnxruntime.__version__}.json"
+    """Where this machine's own table is kept."""
+    return cache_folder() / f"onnxruntime-{onnxruntime.__version__}.json"
 
 
-def load_speeds() -> Speeds:
-    """The table measured on this machine with this ONNX Runtime, else the one that ships."""
+def load_speeds(provider: str = "CPUExecutionProvider") -> Speeds:
+    """The table measured on this machine with this ONNX Runtime, else the one that ships for such a machine; of a
+    provider other than the CPU's only that."""
     try:
-        read = json.loads(cache_file().read_text())
+        file = cache_file()
+        status = file.stat()
+    except OSError:
+        return shipped(provider)
+    kept = _read(file, (status.st_mtime_ns, status.st_ino)) if provider == "CPUExecutionProvider" else None
+    return kept or shipped(provider)
+
+
+def shipped(provider: str = "CPUExecutionProvider") -> Speeds:
+    """The table for sessions of a provider on this machine."""
+    if provider == "CUDAExecutionProvider":
+        return _unknown(_CUDA, "no speeds are known for CUDA, where MatMulNBits runs and 8-bit activations do not")
+    flags = cpu_flags() if provider == "CPUExecutionProvider" else frozenset()
+    if flags & {"avx512_vnni", "avx_vnni"}:
+        return Speeds()
+    if "avx2" in flags:
+        table = {form: tuple(v * _WITHOUT_VNNI.get(form, 1.0) for v in row) for form, row in _MEASURED.items()}
+        return Speeds(table, {}, "", "the speed is stated, not measured: that of a CPU with VNNI, u8·s8 at half of it")
+    return _unknown(_UNKNOWN, "no speeds are known for this machine")
+
+
+def _unknown(order: Sequence[str], stated: str) -> Speeds:
+    return Speeds(dict.fromkeys(order, ()), {}, "", stated)
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """What the CPU can do, in the words of Linux on x86; elsewhere no more than PyTorch says of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = ["flags: avx2"] if torch.backends.cpu.get_cpu_capability().startswith("AVX") else []
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+@cache
+def _read(file: Path, stamp: tuple[int, int]) -> Speeds | None:
+    """The table in a file, read once for each of its states; None when it is damaged."""
+    try:
+        read = json.loads(file.read_text())
         table = {str(k): [float(v) for v in row] for k, row in read["table"].items()}
         peaks = {k: float(read["peaks"][k]) for k in _PEAKS}
         found = Speeds(table, peaks, str(read["measured"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return Speeds()
+        return None
     whole = found.table.keys() >= _MEASURED.keys() and all(len(row) == len(ROWS) for row in found.table.values())
-    return found if whole else Speeds()
+    return found if whole else None

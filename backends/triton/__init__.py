@@ -14,11 +14,11 @@ from ..onnxruntime import Onnx
 
 
 class Triton:
-    """Kernels for encoded weights, quantised activations and token merging; everything else stays ATen.
+    """Kernels for encoded weights, quantised activations, rotations, token merging and the attention behind it.
 
     Without a GPU the kernels run under Triton's interpreter, for tests, when TRITON_INTERPRET=1 is set before Python
     starts. An artifact holds ONNX: loaded again, it runs on ONNX Runtime, and `explain()` says so; the tilings that
-    were measured on a GPU serve the next compilation on one of its name in the same process.
+    were measured on a GPU serve the next compilation on one of its name, from a file in the user's cache folder too.
     """
 
     name = "triton"

@@ -19,8 +19,9 @@ from ...compiler.program import Program, module_path
 from ...compiler.sites import weight_sites
 from ..eager import EagerExecutable
 from .kernels.launch import INTERPRETED
-from .kernels.plan import REFERENCE, TUNINGS
-from .lower import Capability, Choice, lower, lower_tokens
+from .kernels.plan import REFERENCE, TUNINGS, device_name
+from .lower import Capability, Choice, lower
+from .operators import lower_operators
 
 #: the first compute capability that Triton compiles for
 _LEAST = (8, 0)
@@ -39,7 +40,8 @@ class TritonExecutable(EagerExecutable):
     def from_program(cls, program: Program) -> TritonExecutable:
         device = _device()
         lowered = program.clone()
-        choices = lower(lowered, _capability(device)) | lower_tokens(lowered)
+        capability = _capability(device)
+        choices = lower_operators(lowered, capability) | lower(lowered, capability)
         place(lowered, device)
         return cls(program, lowered, choices, device)
 
@@ -54,7 +56,7 @@ class TritonExecutable(EagerExecutable):
         return super().save(directory) | tilings
 
     def explain(self) -> list[Row]:
-        """Like the reference's rows, with one more for each token operator."""
+        """Like the reference's rows, with one more for each other operator that has, or lacks, a kernel."""
         nodes = [site.node for site in weight_sites(self.program)]
         rows = [self._row(row, self.choices.get(n.name)) for row, n in zip(super().explain(), nodes, strict=True)]
         for node in self.program.graph.nodes:
@@ -107,11 +109,6 @@ def _capability(device: torch.device) -> Capability:
             fix="use target='onnxruntime', or a GPU of the generation of the A100 or later",
         )
     return capability
-
-
-def device_name() -> str:
-    """The GPU, or "" where there is none."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def read_tilings(tables: Any) -> None:

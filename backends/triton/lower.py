@@ -2,7 +2,7 @@
 
 Activations in 8 bits multiply weights in 8 bits on the tensor cores where both have such codes; every other encoding
 that a kernel can read is decoded inside the multiplication; what is left keeps the reference, and `Choice.note` says
-why. `Sum(A, LowRank)` is A with a thin product beside it. Token matching and merging have kernels of their own.
+why. Of `Sum(A, LowRank)` the kernel of A adds the correction: only the thin product x·Vᵀ is made before.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import fx
 
 from ...compiler.dialect.activations import FLOATS, INTEGERS, UNSIGNED, group_of
-from ...compiler.encodings import parse_encoding
+from ...compiler.encodings import Encoding, LowRank, Sum
+from ...compiler.norms import Norm, norms
 from ...compiler.program import Program, argument, example_shape, operands
 from ...compiler.sites import Site, weight_sites
-from ...compiler.sums import split_sums
-from .kernels import quantize, quantized, tokens, weight_only  # noqa: F401  # tokens: its operators
+from .kernels import quantize, quantized, rotation, weight_only
 from .kernels.launch import DTYPES
 from .kernels.plan import Plan
 from .kernels.weights import fixed_arrays, weight_format
@@ -30,13 +30,9 @@ dialect = torch.ops.paretoc
 kernels = torch.ops.paretoc_triton
 
 STATIC, DYNAMIC = dialect.fake_quantize.default, dialect.fake_quantize_dynamic.default
-_NORMS: dict[Any, str] = {aten.layer_norm.default: "layer", aten.rms_norm.default: "rms"}
-_TOKENS: dict[Any, Any] = {
-    dialect.bipartite_match.default: kernels.bipartite_match.default,
-    dialect.merge_tokens.default: kernels.merge_tokens.default,
-}
+_ACTIVATIONS: dict[Any, str] = {aten.silu.default: "silu", aten.gelu.default: "gelu", aten.relu.default: "relu"}
 #: the first architecture that multiplies float8
-_FLOAT8 = (8, 9)
+FLOAT8 = (8, 9)
 Capability = tuple[int, int] | None
 
 
@@ -52,7 +48,7 @@ class Choice:
 @dataclass(frozen=True)
 class Codes:
     """A quantised activation in the graph: its codes, scales, and for a range of the tensor its zero point. A scale
-    holds for `group` channels of a token, 0 for all."""
+    holds for `group` channels of a token, 0 for all. `rotated`: by the same kernel."""
 
     codes: fx.Node
     scale: fx.Node
@@ -60,22 +56,33 @@ class Codes:
     bits: int = 8
     code: str = "int8"
     group: int = 0
+    rotated: bool = False
 
 
 def lower(program: Program, capability: Capability) -> dict[str, Choice]:
     """Rewrite, in place, the linears with an encoded weight. Returns what was chosen, by the name of the linear."""
-    split_sums(program)
     sites = [s for s in weight_sites(program) if s.kind == "linear" and program.encoding(s.weight) is not None]
-    reasons = {s.node: _refusal_in_8_bits(s, capability) for s in sites}
+    reasons = {s.node: _refusal_in_8_bits(program, s, capability) for s in sites}
     quantisers = [n for n in program.calls(STATIC, DYNAMIC) if any(reasons.get(user) == "" for user in n.users)]
-    found = {node: _codes(program, node, all(reasons.get(user) == "" for user in node.users)) for node in quantisers}
+    alone = {s.node for s in sites if reasons[s.node] == "" and _parts(program, s)[1] is None}
+    normed = {norm.output: norm for norm in norms(program)}
+    found = {node: _codes(program, node, normed, alone.issuperset(node.users)) for node in quantisers}
     choices = {s.node.name: _replace(program, s, found, reasons[s.node]) for s in sites}
+    choices |= dict(_rotation(program, operands(n)[0], codes.code) for n, codes in found.items() if codes.rotated)
     choices |= {node.name: _round(program, node) for node in program.calls(STATIC, DYNAMIC) if node.users}
     program.refresh()
     return choices
 
 
-def _refusal_in_8_bits(site: Site, capability: Capability) -> str:
+def _parts(program: Program, site: Site) -> tuple[Encoding | None, LowRank | None]:
+    """The encoding that a kernel decodes, and the correction that it adds."""
+    encoding = program.encoding(site.weight)
+    if isinstance(encoding, Sum) and isinstance(encoding.second, LowRank):
+        return encoding.first, encoding.second
+    return encoding, None
+
+
+def _refusal_in_8_bits(program: Program, site: Site, capability: Capability) -> str:
     """Why this linear is not one of codes with codes; "" when it is."""
     source = site.input
     if source.target not in (STATIC, DYNAMIC):
@@ -83,9 +90,9 @@ def _refusal_in_8_bits(site: Site, capability: Capability) -> str:
     code, granularity = _rounding(source)
     if reason := _refusal_to_round(source, code, granularity):
         return reason
-    if code in FLOATS and capability is not None and capability < _FLOAT8:
+    if code in FLOATS and capability is not None and capability < FLOAT8:
         return f"this GPU has no {code}"
-    chosen = quantized.quantized_format(str(operands(site.weight)[1]), code, group_of(granularity))
+    chosen = quantized.quantized_format(str(_parts(program, site)[0]), code, group_of(granularity))
     return chosen if isinstance(chosen, str) else ""
 
 
@@ -108,23 +115,38 @@ def _refusal_to_round(node: fx.Node, code: str, granularity: str) -> str:
     return f"groups of {group} are no power of two" if group & (group - 1) else ""
 
 
-def _codes(program: Program, node: fx.Node, alone: bool) -> Codes:
-    """The kernel of a quantiser, placed at it. A norm in front joins it when nothing else reads either."""
+def _codes(program: Program, node: fx.Node, normed: dict[fx.Node, Norm], alone: bool) -> Codes:
+    """The kernel of a quantiser, placed at it. What stands in front joins it when nothing else reads either."""
     graph, x = program.graph, operands(node)[0]
+    joins = alone and len(x.users) == 1
     with graph.inserting_before(node):
-        if node.target is STATIC:
-            scale, zero = operands(node)[1:3]
-            return Codes(graph.call_function(kernels.quantize_range.default, (x, scale, zero, 8)), scale, zero)
         code, granularity = _rounding(node)
         if granularity != "tensor":
-            norm = _norm(x) if alone and len(x.users) == 1 else None
-            x, *computed = norm or (x,)
+            front = (_norm(normed.get(x)) or _activation(x)) if joins else None
             group = group_of(granularity)
-            made = graph.call_function(kernels.quantize_tokens.default, (x, code, group, *computed))
-            return Codes(_item(graph, made, 0), _item(graph, made, 1), None, code=code, group=group)
+            rotated = joins and group == 0 and x.target is kernels.rotate.default
+            if rotated:
+                made = graph.call_function(kernels.rotate_tokens.default, (*operands(x), code))
+            else:
+                x, options = front or (x, {})
+                made = graph.call_function(kernels.quantize_tokens.default, (x, code, group), options)
+            codes, scale = _item(graph, made, 0), _item(graph, made, 1)
+            return Codes(codes, scale, None, code=code, group=group, rotated=rotated)
         bits = INTEGERS[code]
-        scale, zero = _range(graph, x, bits)
-        return Codes(graph.call_function(kernels.quantize_range.default, (x, scale, zero, bits)), scale, zero, bits)
+        front = _activation(x) if joins and node.target is STATIC else None
+        x, options = front or (x, {})
+        scale, zero = operands(node)[1:3] if node.target is STATIC else _range(graph, x, bits)
+        made = graph.call_function(kernels.quantize_range.default, (x, scale, zero, bits), options)
+        return Codes(made, scale, zero, bits)
+
+
+def _rotation(program: Program, x: fx.Node, code: str) -> tuple[str, Choice]:
+    """The name of a rotation in the original graph, and what runs it now that it makes codes."""
+    a, b = (example_shape(side)[0] for side in operands(x)[1:])
+    M = prod(example_shape(x)[:-1]) // program.repeats
+    return x.meta["replaces"], Choice(
+        plan=rotation.rotation_plan(M, a, b, x.meta["val"].dtype, code), note=f"to {code}"
+    )
 
 
 def _round(program: Program, node: fx.Node) -> Choice:
@@ -155,62 +177,85 @@ def _item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
     return graph.call_function(operator.getitem, (node, index))
 
 
-def _norm(node: fx.Node) -> tuple[Any, ...] | None:
-    """A norm over the last axis → its input, and the further arguments of the quantiser that computes it too."""
-    kind = _NORMS.get(node.target)
-    if kind is None or len(operands(node)[1]) != 1:
+def _norm(norm: Norm | None) -> tuple[fx.Node, dict[str, Any]] | None:
+    """A norm over the last axis → its input, and the options of the quantiser that computes it too."""
+    if norm is None or not _alike(norm.input, norm.output):
         return None
-    x, weight = operands(node)[0], argument(node, 2, "weight")
-    bias = argument(node, 3, "bias") if kind == "layer" else None
-    eps = argument(node, 4, "eps", 1e-5) if kind == "layer" else argument(node, 3, "eps")
-    if eps is None:
-        eps = torch.finfo(x.meta["val"].dtype).eps
-    return x, kind, weight, bias, eps
+    weight, bias = (None if operand is None else operand.source for operand in (norm.weight, norm.bias))
+    eps = torch.finfo(norm.input.meta["val"].dtype).eps if norm.eps is None else norm.eps
+    return norm.input, {"front": "layer" if norm.centred else "rms", "weight": weight, "bias": bias, "eps": eps}
+
+
+def _activation(node: fx.Node) -> tuple[fx.Node, dict[str, Any]] | None:
+    """act(x), or act(x) · gate in either order, → x, and the options of the quantiser that computes it too."""
+    gate = None
+    if node.target is aten.mul.Tensor:
+        for active, other in (operands(node), operands(node)[::-1]):
+            if _acts(active) and _alike(active, other, node) and len(active.users) == 1:
+                node, gate = active, other
+                break
+    if not _acts(node):
+        return None
+    kind = _ACTIVATIONS[node.target] + ("_tanh" if node.kwargs.get("approximate") == "tanh" else "")
+    return operands(node)[0], {"front": kind, "gate": gate}
+
+
+def _acts(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in _ACTIVATIONS
+
+
+def _alike(*nodes: Any) -> bool:
+    """Whether all are tensors of one shape and one type."""
+    kinds = {(str(n.meta["val"].shape), n.meta["val"].dtype) if isinstance(n, fx.Node) else None for n in nodes}
+    return len(kinds) == 1 and None not in kinds
 
 
 def _replace(program: Program, site: Site, found: dict[fx.Node, Codes], reason: str) -> Choice:
     """Put a kernel in the place of one linear."""
-    text, (N, K) = str(program.encoding(site.weight)), site.shape
+    (encoding, correction), (N, K) = _parts(program, site), site.shape
     M, dtype = prod(example_shape(site.input)[:-1]) // program.repeats, site.node.meta["val"].dtype
-    fmt = weight_format(text)
-    if isinstance(fmt, str) or dtype not in DTYPES:
+    text, fmt = str(encoding), weight_format(str(encoding))
+    if encoding is None or isinstance(fmt, str) or dtype not in DTYPES:
         return Choice(note=fmt if isinstance(fmt, str) else f"no Triton kernel multiplies {dtype}")
-    weight: tuple[Any, ...] = (_arrays(program, site.weight, text), text, N, site.bias)
+    arrays, factors = _arrays(program, site.weight, encoding)
+    weight = (arrays, text, N, site.bias)
+    beside, rank = _beside(program, site, factors) if correction else (), correction.rank if correction else 0
+    notes = [f"adds the correction of rank {rank}"] if rank else []
     if reason == "":
         codes = found[site.input]
         call = kernels.quantized_linear.default
-        arguments = (codes.codes, codes.scale, codes.zero, codes.bits, *weight, dtype)
+        arguments = (codes.codes, codes.scale, codes.zero, codes.bits, *weight, dtype, *beside)
         x_dtype, x_group = FLOATS.get(codes.code, torch.int8), codes.group if codes.group < K else 0
-        choice = Choice(plan=quantized.product_plan(M, N, K, text, x_dtype, x_group, dtype))
+        plan = quantized.product_plan(M, N, K, text, x_dtype, x_group, dtype, rank)
     else:
-        call, arguments = kernels.weight_only_linear.default, (site.input, *weight)
-        note = f"activations rounded before: {reason}" if site.input.target in (STATIC, DYNAMIC) else ""
-        choice = Choice(plan=weight_only.product_plan(M, N, K, text, dtype), note=note)
+        call, arguments = kernels.weight_only_linear.default, (site.input, *weight, *beside)
+        if site.input.target in (STATIC, DYNAMIC):
+            notes.append(f"activations rounded before: {reason}")
+        plan = weight_only.product_plan(M, N, K, text, dtype, rank)
     with program.graph.inserting_before(site.node):
         fast = program.graph.call_function(call, arguments)
     fast.meta.update(site.node.meta)
     site.node.replace_all_uses_with(fast)
     program.graph.erase_node(site.node)
-    return choice
+    return Choice(plan=plan, note="; ".join(notes))
 
 
-def _arrays(program: Program, decode: fx.Node, text: str) -> list[fx.Node]:
-    """The stored arrays of a weight, and what its encoding fixes, stored once for each weight."""
-    fixed = fixed_arrays(parse_encoding(text), program.stored_arrays(decode))
+def _arrays(program: Program, decode: fx.Node, encoding: Encoding) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The arrays from which a kernel decodes, with what their encoding fixes, stored once for each weight; and U and V
+    of a correction."""
+    stored, nodes = program.stored_arrays(decode), list(operands(decode)[0])
+    count = len(encoding.layout(tuple(operands(decode)[2])))
+    first = {name.removeprefix("first."): value for name, value in list(stored.items())[:count]}
     name = decode.meta["parameter"]
-    attributes = [program.attribute(f"{name}.{part}", value, before=decode) for part, value in fixed.items()]
-    return [*operands(decode)[0], *attributes]
+    fixed = fixed_arrays(encoding, first).items()
+    attributes = [program.attribute(f"{name}.{part}", value, before=decode) for part, value in fixed]
+    return [*nodes[:count], *attributes], nodes[count:]
 
 
-def lower_tokens(program: Program) -> dict[str, Choice]:
-    """Replace, in place, the token operators that have kernels. Returns what was chosen, by the name of the node."""
-    choices = {}
-    for node in program.calls(*_TOKENS):
-        dtype = operands(node)[0].meta["val"].dtype
-        if dtype in DTYPES:
-            node.target = _TOKENS[node.target]
-            choices[node.name] = Choice(str(node.target))
-        else:
-            choices[node.name] = Choice(note=f"no Triton kernel reads {dtype}")
-    program.module.recompile()
-    return choices
+def _beside(program: Program, site: Site, factors: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
+    """The thin product x·Vᵀ, and U, both in the type of x: the lowered program stores the factors so."""
+    graph, dtype, name = program.graph, site.node.meta["val"].dtype, site.weight.meta["parameter"]
+    values = (program.get(str(factor.target)).to(dtype) for factor in factors)
+    up, down = (program.attribute(f"{name}.{part}", v, before=site.node) for part, v in zip("uv", values, strict=True))
+    with graph.inserting_before(site.node):
+        return graph.call_function(aten.linear.default, (site.input, down)), up

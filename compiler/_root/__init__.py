@@ -94,6 +94,7 @@ _PASSES = (
     "Factorize",
     "MergeModels",
     "MergeTokens",
+    "PruneDepth",
     "PruneNM",
     "PruneTokens",
     "PruneWidth",
@@ -188,6 +189,7 @@ if TYPE_CHECKING:
     from paretoc.passes import Factorize as Factorize
     from paretoc.passes import MergeModels as MergeModels
     from paretoc.passes import MergeTokens as MergeTokens
+    from paretoc.passes import PruneDepth as PruneDepth
     from paretoc.passes import PruneNM as PruneNM
     from paretoc.passes import PruneTokens as PruneTokens
     from paretoc.passes import PruneWidth as PruneWidth

@@ -6,7 +6,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
+import paretoc as pc
 import pytest
+import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter import MatchingTracer
 from onnxscript.rewriter.pattern import RewriteRuleSet
@@ -21,6 +23,7 @@ from paretoc.backends.onnxruntime.rewrite import (
     Rotary,
     RotaryInside,
     SaturatedClip,
+    VisibleRows,
 )
 
 B, T, HEADS, WIDTH = 2, 5, 3, 4
@@ -274,6 +277,54 @@ def test_attention_with_other_keys_is_left_alone(text: str, reason: str) -> None
     assert reason in _reason(GroupedHeads, text)
 
 
+def _masked(visible: str = "Identity(m)", hidden: str = "-3.4028235e38", add: str = "scores, mask") -> str:
+    return f"""g (float[B,3,T,T] scores, bool[B,1,T,T] m, float[B,1,T,T] f) => (float[B,3,T,T] y) {{
+    zero = Constant<value_float=0.0>()
+    hidden = Constant<value=float {{{hidden}}}>()
+    visible = {visible}
+    mask = Where(visible, zero, hidden)
+    sums = Add({add})
+    shares = Softmax<axis=-1>(sums)
+    wrong = IsNaN(shares)
+    y = Where(wrong, zero, shares)
+}}"""
+
+
+@pytest.mark.parametrize("visible", ["Identity(m)", "Xor(m, m)"], ids=["some", "none"])
+def test_finite_masks_hide_no_row_whole(visible: str) -> None:
+    assert "IsNaN" not in _equal(VisibleRows, _masked(visible))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (_masked(hidden="-inf"), "a whole row"),
+        (_masked(add="scores, f"), "not made of two numbers"),
+        (_masked().replace("value_float=0.0", "value=float {0.0}").replace("float", "double"), "another type"),
+    ],
+    ids=["minus infinity", "an input", "another type"],
+)
+def test_rows_that_may_be_hidden_whole_are_left_alone(text: str, reason: str) -> None:
+    assert reason in _reason(VisibleRows, text)
+
+
+def test_a_mask_taken_for_finite_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrite, "_number", lambda value: 0.0)
+    with pytest.raises(AssertionError):
+        _equal(VisibleRows, _masked("Xor(m, m)", hidden="-inf"))
+
+
+def test_padded_sentences_need_no_look_for_nan_in_standard_operators(models: Any) -> None:
+    """Whole: BERT with a sentence that ends early, and one of nothing but padding."""
+    model, call = models.hugging_face("BertForMaskedLM", num_hidden_layers=1), models.sentences(3)
+    call["attention_mask"][0] = 0
+    compiled = pc.compile(model, [], example_inputs=call, target="onnx", verify=False)
+    assert "IsNaN" not in {node.op_type for node in compiled._compiled().executable.model.graph}
+    seen = call["attention_mask"].bool()
+    want = model(**call).logits.detach()[seen]
+    torch.testing.assert_close(compiled(**call).logits[seen], want, rtol=1e-4, atol=1e-5)
+
+
 # -- convolutions on codes -----------------------------------------------------------------------------------------
 
 
@@ -320,17 +371,26 @@ def test_pads_on_the_wrong_side_are_caught(monkeypatch: pytest.MonkeyPatch) -> N
         _equal(PaddedConvolution, _padded())
 
 
-@pytest.mark.parametrize(("pads", "goes"), [("0, 0, 0, 0", True), ("0, 0, 0, 1", False)])
-def test_a_pad_by_nothing_goes(pads: str, goes: bool) -> None:
-    text = f"""g (float[B,12] x) => (float[B,R] y) {{
+def _pad(pads: str) -> str:
+    return f"""g (float[B,12] x) => (float[B,R] y) {{
     pads = Constant<value_ints=[{pads}]>()
     padded = Pad(x, pads)
     y = Relu(padded)
 }}"""
-    if goes:
-        assert "Pad" not in _equal(EmptyPad, text)
-    else:
-        assert "it pads" in _reason(EmptyPad, text)
+
+
+def test_a_pad_by_nothing_goes() -> None:
+    assert "Pad" not in _equal(EmptyPad, _pad("0, 0, 0, 0"))
+
+
+def test_a_pad_stays() -> None:
+    assert "it pads" in _reason(EmptyPad, _pad("0, 0, 0, 1"))
+
+
+def test_a_pad_taken_for_none_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrite, "_numbers", lambda value: [0.0, 0.0, 0.0, 0.0])
+    with pytest.raises(AssertionError):
+        _equal(EmptyPad, _pad("0, 0, 0, 1"))
 
 
 def _clipped(low: float, high: float, scale: float = 6 / 255, zero: int = 0) -> str:

@@ -7,9 +7,9 @@ import paretoc as pc
 import pytest
 import torch
 from paretoc.backends import OnnxRuntime
-from paretoc.backends.onnxruntime import probe
+from paretoc.backends.onnxruntime import probe, speeds
 from paretoc.backends.onnxruntime.forms import FORMS
-from paretoc.backends.onnxruntime.speeds import ROWS, Speeds, cache_file, load_speeds
+from paretoc.backends.onnxruntime.speeds import MARGIN, ROWS, Speeds, cache_file, cpu_flags, load_speeds, shipped
 
 #: form → a scheme whose layers it fits
 SCHEMES = {
@@ -67,8 +67,8 @@ def test_the_comparison_sees_a_wrong_form(layer, monkeypatch):
 
 
 def test_a_form_that_takes_less_memory_wins_unless_it_is_much_slower():
-    speeds = Speeds({"small": (1.0, 0.5, 0.9), "large": (1.2, 1.0, 1.0)})
-    assert [speeds.fastest(["small", "large"], rows) for rows in (1, 10, 20, 64, 1000)] == [
+    table = Speeds({"small": (1.0, 0.5, 0.9), "large": (1.2, 1.0, 1.0)})
+    assert [table.fastest(["small", "large"], rows) for rows in (1, 10, 20, 64, 1000)] == [
         "small", "large", "large", "small", "small",
     ]  # fmt: skip
 
@@ -77,7 +77,68 @@ def test_a_form_that_takes_less_memory_wins_unless_it_is_much_slower():
 def test_a_damaged_table_is_not_used(content):
     cache_file().parent.mkdir(parents=True)
     cache_file().write_text(content)
-    assert load_speeds() == Speeds()
+    assert load_speeds() == shipped()
+
+
+def test_a_table_is_read_once_and_again_when_it_changes(monkeypatch):
+    reads = []
+    monkeypatch.setattr(speeds.json, "loads", lambda text: reads.append(text) or json.JSONDecoder().decode(text))
+    for form in ("StoredMatMul", "FoldedMatMul"):
+        _only(form).save()
+        assert [load_speeds().of(name, 1) for _ in range(3) for name in FORMS if name == form] == [1.0] * 3
+    assert len(reads) == 2
+    cache_file().unlink()
+    assert load_speeds() == shipped()
+
+
+def _machine(monkeypatch, *flags: str) -> Speeds:
+    monkeypatch.setattr(speeds, "cpu_flags", lambda: frozenset(flags))
+    return load_speeds()
+
+
+def test_the_table_is_that_of_the_cpu(monkeypatch):
+    with_vnni, without, unknown = (_machine(monkeypatch, *f) for f in (("avx2", "avx512_vnni"), ("avx2",), ()))
+    assert with_vnni.measured and not with_vnni.stated
+    assert without.stated and unknown.stated and not without.measured and not unknown.measured
+    assert all(table.table.keys() == FORMS.keys() for table in (with_vnni, without, unknown))
+    for form, share in (("DynamicMatMul", 1 / 2), ("GroupMatMul", 2 / 3), ("FoldedMatMul", 1)):
+        assert [without.of(form, r) for r in ROWS] == pytest.approx([with_vnni.of(form, r) * share for r in ROWS])
+    assert not any(unknown.known(form) or unknown.of(form, 1) >= MARGIN for form in FORMS)
+
+
+def test_where_no_speed_is_known_the_order_of_the_table_chooses(monkeypatch):
+    cpu = _machine(monkeypatch)
+    assert cpu.fastest(["IntegerMatMul", "StoredMatMul", "FoldedMatMul"], 16) == "IntegerMatMul"
+    assert cpu.fastest(["StoredMatMul", "FoldedMatMul"], 1) == "FoldedMatMul"
+    cuda = load_speeds("CUDAExecutionProvider")
+    assert cuda.table.keys() == FORMS.keys() and "CUDA" in cuda.stated
+    assert cuda.fastest(["IntegerMatMul", "StoredMatMul", "FoldedMatMul"], 16) == "FoldedMatMul"
+    assert cuda.fastest(["BlockMatMul", "StoredMatMul"], 1) == "BlockMatMul"
+
+
+def test_the_flags_are_those_of_the_cpu(monkeypatch):
+    found = cpu_flags.__wrapped__()
+    assert found == frozenset() or found >= {"avx2"} or "sse" in found
+    assert ("avx2" in found) == torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    monkeypatch.setattr(speeds.Path, "read_text", lambda _: "processor: 0\nFeatures\t: asimd i8mm\n")
+    assert not cpu_flags.__wrapped__()
+
+    def refuse(_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(speeds.Path, "read_text", refuse)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert cpu_flags.__wrapped__() == {"avx2"}
+
+
+def test_explain_says_that_a_speed_is_stated(layer, monkeypatch):
+    x = torch.randn(2, 7, 64)
+    for flags, predicted in ((("avx2",), 1.3), ((), None)):
+        _machine(monkeypatch, *flags)
+        compiled = pc.compile(layer, ["quantize:W8A8-dynamic,targets=Linear"], example_inputs=(x,), verify=False)
+        for row in compiled.explain().rows:
+            assert row.note == shipped().stated and row.predicted == predicted and row.roofline is None
+            assert "DynamicQuantizeMatMul" in row.kernel
 
 
 def test_a_table_that_cannot_be_kept_is_an_error(tmp_path, monkeypatch):

@@ -13,12 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paretoc.compiler import axis_moves, axis_terms
-from paretoc.compiler.axes import Axes, Axis, Use, find_axes
+from paretoc.compiler.axes import Action, Axes, Axis, find_axes
 from paretoc.compiler.axis_terms import ACTIONS, Atom, Dim, Pin, atoms, between, equate, fresh, joined, places, regroup
 from paretoc.compiler.axis_walk import RULES, Walk
 from paretoc.compiler.canonical import canonicalize
 from paretoc.compiler.errors import OptionError, PassError
 from paretoc.compiler.program import Program, example_shape, operands
+from paretoc.compiler.weights import WeightEdits
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -187,48 +188,37 @@ def sliced(program: Program) -> tuple[list[Tensor], list[Tensor]]:
     return got, want
 
 
-def rotated(program: Program, axes: Axes) -> list[Tensor]:
-    """The outputs with a random orthogonal matrix on every axis that may be rotated: W ← Q·W along it."""
-    changed = program.clone()
-    for axis in axes:
-        if axis.free("rotate"):
-            matrix = torch.linalg.qr(torch.randn(axis.size, axis.size, dtype=torch.float64))[0]
-            for use in axis.uses:
-                _mix(changed, use, matrix)
-    return changed.run(program.example)
-
-
-def scaled(program: Program, axes: Axes) -> list[Tensor]:
-    """The outputs with random positive factors on every axis that may be scaled: what makes its channels times s, what
-    sums over them through s."""
-    changed = program.clone()
-    for axis in axes:
-        if axis.free("scale"):
-            factors = torch.rand(axis.size, dtype=torch.float64) + 0.5
-            for use in axis.uses:
-                _mix(changed, use, torch.diag(1 / factors if use.sums else factors))
-    return changed.run(program.example)
-
-
-def _mix(program: Program, use: Use, matrix: Tensor) -> None:
-    """Multiply the channels of one use by a matrix, in every copy of the axis that its dimension holds."""
-    value, channels = program.get(use.parameter).detach(), use.channels
-    copies = torch.stack([(channels == channel).nonzero().flatten() for channel in range(len(matrix))], 1)
-    whole = torch.eye(len(channels), dtype=matrix.dtype)
-    for copy in copies:
-        whole[copy[:, None], copy] = matrix
-    mixed = torch.tensordot(whole, value.double().movedim(use.dim, 0), 1).movedim(0, use.dim)
-    program.set(use.parameter, mixed.to(value.dtype).contiguous())
+def changed(program: Program, action: Action, *, alone: bool) -> list[Tensor]:
+    """The outputs with a random orthogonal matrix on every axis that may be rotated, or positive factors where it may
+    be scaled. `alone`: on axes that go on only as far as the action has to follow."""
+    copy = program.clone()
+    edits = WeightEdits(copy)
+    for axis in find_axes(copy, action if alone else None):
+        if not axis.free(action):
+            continue
+        if action == "scale":
+            axis_moves.scale(edits, axis, torch.rand(axis.size, dtype=torch.float64) + 0.5)
+        else:
+            axis_moves.rotate(edits, axis.uses, torch.linalg.qr(torch.randn(axis.size, axis.size).double())[0])
+    edits.commit()
+    copy.refresh()
+    return copy.run(copy.example)
 
 
 def checks(program: Program) -> dict[str, Callable[[], float]]:
     """How far the outputs are off after each action on all axes that are called free for it."""
-    axes, want = find_axes(program), program.run(program.example)
+    want = program.run(program.example)
+
+    def off(action: Action, alone: bool) -> float:  # two more roundings of every weight
+        return difference(changed(program, action, alone=alone), want) / 10
+
     return {
-        "permute": lambda: difference(permuted(program, axes), want),
-        "rotate": lambda: difference(rotated(program, axes), want) / 10,  # two more roundings of every weight
-        "scale": lambda: difference(scaled(program, axes), want) / 10,
+        "permute": lambda: difference(permuted(program, find_axes(program)), want),
         "slice": lambda: difference(*sliced(program)),
+        "rotate": lambda: off("rotate", False),
+        "scale": lambda: off("scale", False),
+        "rotate alone": lambda: off("rotate", True),
+        "scale alone": lambda: off("scale", True),
     }
 
 

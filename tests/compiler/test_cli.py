@@ -365,6 +365,19 @@ def test_bench_compares_with_pytorch_and_with_uncompressed(run: Run, timed: dict
     assert row(out, "compiled") == ["compiled", "2.000", "1.750", "4×", "2×"]
 
 
+@pytest.mark.parametrize(("compiled", "warned"), [(4.0, True), (1.0, False)])
+def test_bench_warns_of_what_is_slower(
+    run: Run, monkeypatch: pytest.MonkeyPatch, compiled: float, warned: bool
+) -> None:
+    def measure(calls: dict[str, Callable[[], object]], **_: Any) -> dict[str, Latency]:
+        return {name: Latency(taken, taken, 7) for name, taken in zip(calls, (9.0, 2.0, compiled), strict=True)}
+
+    monkeypatch.setattr(cost, "measure", measure)
+    _, out, _ = run("bench zoo:with_example --passes quantize:W8A16 --target eager --runs 7")
+    said = "warning: the compiled model takes 4.00 ms, the uncompressed one 2.00 ms (medians of 7 calls in turns)"
+    assert (said in out) == ("warning" in out) == warned
+
+
 def test_bench_times_what_it_says(run: Run, timed: dict[str, Any]) -> None:
     """The three calls compute the same model; only the third has rounded weights."""
     run("bench zoo:with_example --passes quantize:W8A16 --target eager --runs 5")

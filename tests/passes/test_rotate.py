@@ -19,6 +19,7 @@ from paretoc.compiler.recipe import parse_passes
 from paretoc.compiler.schedule import check, ordered
 from paretoc.compiler.sites import weight_sites
 from paretoc.passes import Rotate
+from paretoc.passes.rotate import _Turn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -150,8 +151,8 @@ def test_the_comparison_rejects_a_wrong_rotation(monkeypatch, program):
 
 def test_the_mean_has_to_go_before_a_layer_norm_becomes_an_rms_norm(monkeypatch, program):
     before = program("ViTForImageClassification")
-    kept = lambda turn, axis: turn._turn(axis.writers, axis.free, turn.rotation(axis.size))  # noqa: E731
-    monkeypatch.setattr("paretoc.passes.rotate._Turn.writers", kept)
+    whole = _Turn.stream
+    monkeypatch.setattr(_Turn, "stream", lambda turn, axis, folded, centred, axes: whole(turn, axis, folded, 0, axes))
     assert distance(before, rotated(before)[0]) > 1e-2
 
 
@@ -331,15 +332,29 @@ class Stream(nn.Module):
 
 
 REFUSED = {
-    "tanh": (lambda m, x: torch.tanh(x), nn.RMSNorm, "aten.tanh.default does not commute with a rotation"),
-    "layer scale": (lambda m, x: x + m.middle(x) * m.scale, nn.RMSNorm, "scale multiplies each channel by a number"),
+    "tanh": (lambda m, x: torch.tanh(x), nn.RMSNorm, "aten.tanh.default does not commute with it"),
+    "layer scale": (
+        lambda m, x: x + m.middle(x) * m.scale,
+        nn.RMSNorm,
+        "each of its channels is multiplied by another number",
+    ),
     "raw reader": (lambda m, x: x + m.other(x), nn.LayerNorm, "this reads it without a norm that subtracts the mean"),
     "two kinds": (lambda m, x: x + m.middle(m.centred(x)), nn.RMSNorm, "some of its norms subtract the mean"),
-    "constant": (lambda m, x: x + 1.0, nn.RMSNorm, "it meets a value whose channels cannot be followed"),
+    "constant": (lambda m, x: x + 1.0, nn.RMSNorm, "the same number is added to all its channels"),
+    "norm added": (
+        lambda m, x: x + F.rms_norm(x, (16,), m.scale),
+        nn.RMSNorm,
+        "act on what is added to it (post-norm)",
+    ),
+    "copies": (
+        lambda m, x: x + m.other(F.rms_norm(torch.cat([x, x], -1), (32,), torch.cat([m.scale, m.scale]))[..., :16]),
+        nn.RMSNorm,
+        "not all of its channels may be mixed with one another",
+    ),
     "halves": (
         lambda m, x: torch.cat([x[..., 8:], x[..., :8]], -1) + x,
         nn.RMSNorm,
-        "channels of different places meet",
+        "not all of its channels may be mixed with one another",
     ),
 }
 

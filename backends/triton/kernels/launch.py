@@ -44,6 +44,11 @@ class Tiling:
         return f"{self.kernel} {self.block_m} × {self.block_n} × {self.block_k}, {self.num_warps} warps{split}"
 
 
+def padded(side: int) -> int:
+    """To a power of two that tensor cores multiply."""
+    return max(1 << (side - 1).bit_length(), 16)
+
+
 def cdiv(a: int, b: int) -> int:
     return (a + b - 1) // b
 

@@ -2,28 +2,37 @@
 
 A plan lists the tilings of one class of shapes, the most promising first, and ends with the reference in PyTorch: where
 that is the fastest, or nothing else fits into the GPU, it runs. What was measured is data (`dump`, `merge`) that
-travels with an artifact; with the same table, the same sums are added in the same order.
+travels with an artifact, and is kept in a file for other processes on a GPU of the same name under the same Triton;
+with the same table, the same sums are added in the same order.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from ....compiler.errors import ArtifactError
+from ....compiler.files import cache_folder, whole_file
 from .launch import Tiling
 
-#: no kernel: the weight is decoded, and multiplied by what PyTorch has
-REFERENCE = Tiling("decode + linear in PyTorch", 0, 0, 0)
+#: no kernel: weights are decoded, and PyTorch computes the rest
+REFERENCE = Tiling("PyTorch", 0, 0, 0)
 #: the largest numbers of tokens of the classes of shapes after that of one token
 _CLASSES = (16, 64, 512, 4096)
 _MANY = 1 << 30
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,12 +66,24 @@ def milliseconds(call: Callable[[], object]) -> float:
     return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
 
 
+def device_name() -> str:
+    """The GPU, or "" where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def cache_file() -> Path:
+    """Where what was measured on this GPU is kept between processes."""
+    return cache_folder() / f"triton-{triton.__version__}-{re.sub(r'[^A-Za-z0-9]+', '-', device_name())}.json"
+
+
 @dataclass
 class Tunings:
-    """Per plan, the tiling that was fastest, and those that do not fit with the reason."""
+    """Per plan, the tiling that was fastest, and those that do not fit with the reason. `shared`: with other processes
+    of this machine."""
 
     best: dict[str, Tiling] = field(default_factory=dict)
     refused: dict[str, dict[Tiling, str]] = field(default_factory=dict)
+    shared: bool = False
 
     def pick(self, plan: Plan) -> Tiling:
         refused = self.refused.get(plan.key, {})
@@ -71,11 +92,16 @@ class Tunings:
             return best
         return next(tiling for tiling in plan.tilings if tiling not in refused)
 
-    def run(self, plan: Plan, x: Tensor, call: Callable[[Tiling], Tensor]) -> Tensor:
+    def run(self, plan: Plan, x: Tensor, call: Callable[[Tiling], T]) -> T:
         """`call` with the tiling for x. One that asks for more than the GPU has is left out, which is said."""
-        if plan.key not in self.best and can_time(x):
-            times = {tiling: self._time(plan, tiling, call) for tiling in plan.tilings}
-            self.best[plan.key] = min(times, key=lambda tiling: times[tiling])
+        if not self._knows(plan) and can_time(x):
+            if self.shared:
+                self._recall()
+            if not self._knows(plan):
+                times = {tiling: self._time(plan, tiling, call) for tiling in plan.tilings}
+                self.best[plan.key] = min(times, key=lambda tiling: times[tiling])
+                if self.shared:
+                    self._keep()
         while True:
             try:
                 return call(self.pick(plan))
@@ -86,7 +112,22 @@ class Tunings:
         """What explain() must say."""
         return "; ".join(self.refused.get(plan.key, {}).values())
 
-    def _time(self, plan: Plan, tiling: Tiling, call: Callable[[Tiling], Tensor]) -> float:
+    def _knows(self, plan: Plan) -> bool:
+        return self.best.get(plan.key) in plan.tilings
+
+    def _recall(self) -> None:
+        """Add what other processes have measured; a file that cannot be read is as none."""
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            self.merge(json.loads(cache_file().read_text()) | self.dump())
+
+    def _keep(self) -> None:
+        """For other processes. Where nothing can be written, each measures for itself."""
+        file, fix = cache_file(), "set PARETOC_CACHE to a writable directory"
+        with suppress(ArtifactError), whole_file(file, where="keeping the measured tilings", fix=fix) as part:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(self.dump(), indent=1))
+
+    def _time(self, plan: Plan, tiling: Tiling, call: Callable[[Tiling], object]) -> float:
         try:
             return milliseconds(lambda: call(tiling))
         except OutOfResources as error:
@@ -112,4 +153,4 @@ class Tunings:
 
 
 #: those of this process
-TUNINGS = Tunings()
+TUNINGS = Tunings(shared=True)

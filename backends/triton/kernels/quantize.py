@@ -1,13 +1,14 @@
 """x → codes and scales: the activation quantisers of the dialect, without the multiplication back.
 
 `quantize_tokens`: one scale for each token, over the last axis, or for each group of it; scale = max|x| / top, code =
-x / scale rounded to an integer (a half to even) or to E4M3 or E5M2. A layer norm or an RMS norm in front is computed on
-the way: x is read once, the normalised value never written. `quantize_range`: unsigned codes under a given scale and
-zero point of the whole tensor, stored less 2^(bits−1), so that they are int8. `round_tokens` and `round_range` give
-scale · code instead, for what reads numbers: an attention, a convolution.
+x / scale rounded to an integer (a half to even) or to E4M3 or E5M2. `quantize_range`: unsigned codes under a given
+scale and zero point of the whole tensor, stored less 2^(bits−1), so that they are int8. What stands in front is
+computed on the way, so that x is read once and what is quantised never written: a norm of the last axis, for tokens,
+or an activation, which may be multiplied by `gate`: silu(x) · gate. `round_tokens` and `round_range` give scale · code
+instead, for what reads numbers: an attention, a convolution.
 
-x `[…, K]` float16, bfloat16 or float32, any strides. Codes are those of the dialect, bit for bit; behind a norm a code
-may differ by one step, where the sums of the norm round otherwise.
+x `[…, K]` float16, bfloat16 or float32, any strides. Codes are those of the dialect, bit for bit; behind a norm or an
+activation a code may differ by one step, where these round otherwise.
 """
 
 from __future__ import annotations
@@ -46,30 +47,54 @@ def round_float(x, MANTISSA: tl.constexpr, LEAST: tl.constexpr):
 
 
 @triton.jit
+def codes_of(values, TOP: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr):
+    """Rows of float32 → codes, still float32, and the scale of each row. MANTISSA −1: integers."""
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(values), axis=1), 1e-8), TOP)
+    shrunk = tl.clamp(tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape)), -TOP, TOP)
+    codes = round_half_even(shrunk) if MANTISSA < 0 else round_float(shrunk, MANTISSA, LEAST)
+    return codes, scale
+
+
+@triton.jit
+def activated(values, ACTIVATION: tl.constexpr):
+    """The activation of float32 values."""
+    if ACTIVATION == "silu":
+        values = values * tl.sigmoid(values)
+    elif ACTIVATION == "gelu":
+        values = 0.5 * values * (1.0 + tl.erf(values * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # ½(1 + tanh(u)) = sigmoid(2u)
+        values = values * tl.sigmoid(1.5957691216057308 * (values + 0.044715 * values * values * values))
+    elif ACTIVATION == "relu":
+        values = tl.maximum(values, 0.0)
+    return values
+
+
+@triton.jit
 def quantize_tokens_kernel(
-    x, weight, bias, codes, scales, K, stride_m, stride_k, eps,
-    NORM: tl.constexpr, TOP: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr,
+    x, gate, weight, bias, codes, scales, K, stride_m, stride_k, stride_gate_m, stride_gate_k, eps,
+    FRONT: tl.constexpr, TOP: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A row of x `[M, K]` → codes `[M, K]`, scales `[M, ⌈K/GROUP⌉]`; without scales, their product. MANTISSA −1:
-    integers."""
+    """A row of x `[M, K]` → codes `[M, K]`, scales `[M, ⌈K/GROUP⌉]`; without scales, their product."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
     inside = columns < K
     values = tl.load(x + row * stride_m + columns * stride_k, mask=inside, other=0.0).to(tl.float32)
-    if NORM != "none":
-        if NORM == "layer":
+    if FRONT == "layer" or FRONT == "rms":
+        if FRONT == "layer":
             values = tl.where(inside, values - tl.sum(values) / K, 0.0)
         values *= tl.rsqrt(tl.sum(values * values) / K + eps)
         if weight is not None:
             values *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
         if bias is not None:
             values += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    else:
+        values = activated(values, FRONT)
+    values = values.to(x.dtype.element_ty).to(tl.float32)
+    if gate is not None:
+        values *= tl.load(gate + row * stride_gate_m + columns * stride_gate_k, mask=inside, other=0.0).to(tl.float32)
         values = values.to(x.dtype.element_ty).to(tl.float32)
-    groups = tl.reshape(values, (BLOCK_K // GROUP, GROUP))
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(groups), axis=1), 1e-8), TOP)
-    shrunk = tl.clamp(tl.div_rn(groups, tl.broadcast_to(scale[:, None], groups.shape)), -TOP, TOP)
-    shrunk = round_half_even(shrunk) if MANTISSA < 0 else round_float(shrunk, MANTISSA, LEAST)
+    shrunk, scale = codes_of(tl.reshape(values, (BLOCK_K // GROUP, GROUP)), TOP, MANTISSA, LEAST)
     if scales is None:
         shrunk *= scale[:, None]
     else:
@@ -81,12 +106,17 @@ def quantize_tokens_kernel(
 
 @triton.jit
 def quantize_range_kernel(
-    x, scale, zero, codes, count, LEVELS: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr
+    x, gate, scale, zero, codes, count,
+    FRONT: tl.constexpr, LEVELS: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x `[count]`, scale and zero of the whole tensor → codes `[count]` less (LEVELS + 1) / 2, or with ROUND what they
     stand for."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(x + places, mask=places < count, other=0.0).to(tl.float32)
+    values = activated(tl.load(x + places, mask=places < count, other=0.0).to(tl.float32), FRONT)
+    values = values.to(x.dtype.element_ty).to(tl.float32)
+    if gate is not None:
+        values *= tl.load(gate + places, mask=places < count, other=0.0).to(tl.float32)
+        values = values.to(x.dtype.element_ty).to(tl.float32)
     # clamped first: far outside the range, rounding would need more bits than float32 has
     steps = tl.clamp(tl.div_rn(values, tl.load(scale)), -2.0 * LEVELS, 2.0 * LEVELS)
     offset = tl.load(zero).to(tl.float32)
@@ -100,17 +130,19 @@ def quantize_tokens(
     x: Tensor,
     code: str,
     group: int = 0,
-    norm: str = "none",
+    front: str = "none",
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 0.0,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x `[…, K]` → codes `[…, K]`, int8 or a float8, and scales `[M, K/group]`, float32; a group of 0 is all of K.
 
-    `norm`: "none", "layer" or "rms". Groups are powers of two that divide K.
+    `front`: "none", a norm "layer" or "rms", or an activation "silu", "gelu", "gelu_tanh" or "relu"; `gate` like x.
+    Groups are powers of two that divide K.
     """
-    codes, scales = _outputs(x, code, group)
-    _launch_tokens(x, codes, scales, code, group, norm, weight, bias, eps)
+    codes, scales = outputs(x, code, group)
+    _launch_tokens(x, codes, scales, code, group, front, weight, bias, eps, gate)
     return codes, scales
 
 
@@ -119,19 +151,20 @@ def _(
     x: Tensor,
     code: str,
     group: int = 0,
-    norm: str = "none",
+    front: str = "none",
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 0.0,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _outputs(x, code, group)
+    return outputs(x, code, group)
 
 
 @kernel_op("round_tokens")
 def round_tokens(x: Tensor, code: str, group: int = 0) -> Tensor:
     """Like `paretoc::fake_quantize_dynamic` for each token, or each group of it: contiguous, in the type of x."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch_tokens(x, out, None, code, group, "none", None, None, 0.0)
+    _launch_tokens(x, out, None, code, group)
     return out
 
 
@@ -146,20 +179,23 @@ def _launch_tokens(
     scales: Tensor | None,
     code: str,
     group: int,
-    norm: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    front: str = "none",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+    gate: Tensor | None = None,
 ) -> None:
     check_dtype(x)
     K = int(x.shape[-1])
     rows = x.reshape(-1, K)
-    top, mantissa, least = _number(code)
+    gates = None if gate is None else gate.reshape(-1, K)
+    top, mantissa, least = number(code)
     block = triton.next_power_of_2(K)
     launch(
         quantize_tokens_kernel,
         (rows.shape[0],),
         x=rows,
+        gate=gates,
         weight=weight,
         bias=bias,
         codes=out,
@@ -167,8 +203,10 @@ def _launch_tokens(
         K=K,
         stride_m=rows.stride(0),
         stride_k=rows.stride(1),
+        stride_gate_m=0 if gates is None else gates.stride(0),
+        stride_gate_k=0 if gates is None else gates.stride(1),
         eps=eps,
-        NORM=norm,
+        FRONT=front,
         TOP=top,
         MANTISSA=mantissa,
         LEAST=least,
@@ -178,7 +216,7 @@ def _launch_tokens(
     )
 
 
-def _number(code: str) -> tuple[float, int, int]:
+def number(code: str) -> tuple[float, int, int]:
     """The largest code, mantissa bits (−1: an integer) and the exponent of the smallest normal number."""
     if code in INTEGERS:
         return float((1 << INTEGERS[code] - 1) - 1), -1, 0
@@ -186,20 +224,25 @@ def _number(code: str) -> tuple[float, int, int]:
     return limits.max, -round(math.log2(limits.eps)), round(math.log2(limits.smallest_normal))
 
 
-def _outputs(x: Tensor, code: str, group: int) -> tuple[Tensor, Tensor]:
+def outputs(x: Tensor, code: str, group: int) -> tuple[Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=FLOATS.get(code, torch.int8), device=x.device)
     K = int(x.shape[-1])
     return codes, torch.empty((x.numel() // K, K // (group or K)), dtype=torch.float32, device=x.device)
 
 
 @kernel_op("quantize_range")
-def quantize_range(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """x `[…]`, scale float32 `[]`, zero `[]` in 0 … 2^bits − 1 → int8 `[…]`: the unsigned codes less 2^(bits−1)."""
-    return _launch_range(x, scale, zero, bits, torch.int8)
+def quantize_range(
+    x: Tensor, scale: Tensor, zero: Tensor, bits: int, front: str = "none", gate: Tensor | None = None
+) -> Tensor:
+    """x `[…]`, scale float32 `[]`, zero `[]` in 0 … 2^bits − 1 → int8 `[…]`: the unsigned codes less 2^(bits−1).
+
+    `front`: "none" or an activation, as in `quantize_tokens`; `gate` like x.
+    """
+    return _launch_range(x, scale, zero, bits, torch.int8, front, gate)
 
 
 @quantize_range.register_fake
-def _(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def _(x: Tensor, scale: Tensor, zero: Tensor, bits: int, front: str = "none", gate: Tensor | None = None) -> Tensor:
     return torch.empty(x.shape, dtype=torch.int8, device=x.device)
 
 
@@ -214,13 +257,32 @@ def _(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _launch_range(x: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def _launch_range(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+    dtype: torch.dtype,
+    front: str = "none",
+    gate: Tensor | None = None,
+) -> Tensor:
     check_dtype(x)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     count = x.numel()
-    arguments = {"x": x.reshape(-1), "scale": scale, "zero": zero, "codes": out, "count": count, "BLOCK": _BLOCK}
-    levels, rounds = (1 << bits) - 1, dtype == x.dtype
-    launch(quantize_range_kernel, (cdiv(count, _BLOCK),), **arguments, LEVELS=levels, ROUND=rounds)
+    launch(
+        quantize_range_kernel,
+        (cdiv(count, _BLOCK),),
+        x=x.reshape(-1),
+        gate=None if gate is None else gate.reshape(-1),
+        scale=scale,
+        zero=zero,
+        codes=out,
+        count=count,
+        FRONT=front,
+        LEVELS=(1 << bits) - 1,
+        ROUND=dtype == x.dtype,
+        BLOCK=_BLOCK,
+    )
     return out
 
 

@@ -18,9 +18,20 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ....compiler.dialect.activations import FLOATS
-from .launch import Tiling, cdiv, kernel_op, launch, sum_parts, tiling
+from .launch import INTERPRETED, Tiling, cdiv, kernel_op, launch, sum_parts, tiling
 from .plan import REFERENCE, TUNINGS, Plan, plan, tokens_class
-from .weights import Format, code_tile, decoded, scale_tile, weight_arguments, weight_format, zero_tile
+from .weights import (
+    Format,
+    code_tile,
+    corrected,
+    correction_arguments,
+    correction_tile,
+    decoded,
+    scale_tile,
+    weight_arguments,
+    weight_format,
+    zero_tile,
+)
 
 #: the fewest columns that 8-bit tensor cores multiply at once
 _LEAST_K = 32
@@ -30,13 +41,13 @@ _MANTISSA = {"e4m3": 3, "e5m2": 2}
 
 @triton.jit
 def quantized_matmul_kernel(
-    x, x_scale, x_zero, bias, out, codes, scale, second, zero, table, indices, patterns,
-    M, N, K, groups, stride_x_scale, stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
+    x, x_scale, x_zero, bias, out, low, up, codes, scale, second, zero, table, indices, patterns,
+    M, N, K, rank, groups, stride_x_scale, stride_codes, stride_scale, stride_zero, stride_indices, row_bytes,
     ELEMENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
     OFFSET: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, PER_ROW: tl.constexpr,
     KEPT: tl.constexpr, OF: tl.constexpr, RANK_BITS: tl.constexpr, BOOKS: tl.constexpr, DIM: tl.constexpr,
-    X_OFFSET: tl.constexpr, X_GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    X_OFFSET: tl.constexpr, X_GROUP: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """x `[M, K]` → out `[M, N]`, or with SPLIT > 1 the partial sums `[SPLIT, M, N]`, float32, without bias."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -84,6 +95,8 @@ def quantized_matmul_kernel(
         total *= scale_tile(scale, second, rows, 0, N, 1, stride_scale, SCALE, 1)
     if X_GROUP == 0:
         total *= tl.load(x_scale, mask=tokens < M, other=0.0)[None, :]
+    if low is not None and part == 0:
+        total += correction_tile(low, up, tokens, rows, M, N, rank, RANK, WIDEN)
     if SPLIT == 1 and bias is not None:
         total += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
     target = out + (part * M + tokens).to(tl.int64)[None, :] * N + rows[:, None]
@@ -111,16 +124,20 @@ def quantized_format(encoding: str, code: str, x_group: int = 0) -> Format | str
     return "8-bit weights less their zero point need 9 bits" if fmt.zero != "none" and fmt.bits == 8 else fmt
 
 
-def product_plan(M: int, N: int, K: int, encoding: str, x_dtype: torch.dtype, x_group: int, dtype: torch.dtype) -> Plan:
+def product_plan(
+    M: int, N: int, K: int, encoding: str, x_dtype: torch.dtype, x_group: int, dtype: torch.dtype, rank: int = 0
+) -> Plan:
     """What may run a product."""
-    return _plan(tokens_class(M), N, K, encoding, x_dtype, x_group, dtype)
+    return _plan(tokens_class(M), N, K, encoding, x_dtype, x_group, dtype, rank)
 
 
 @cache
-def _plan(M: int, N: int, K: int, encoding: str, x_dtype: torch.dtype, x_group: int, dtype: torch.dtype) -> Plan:
+def _plan(
+    M: int, N: int, K: int, encoding: str, x_dtype: torch.dtype, x_group: int, dtype: torch.dtype, rank: int
+) -> Plan:
     fmt = weight_format(encoding)
     assert isinstance(fmt, Format)
-    kinds = (encoding, x_dtype, x_group, dtype)
+    kinds = (encoding, x_dtype, x_group, dtype, *([f"rank {rank}"] if rank else []))
     group = min((g for g in (fmt.group, x_group) if g), default=0)
     return plan("quantized_linear", M, N, K, kinds, tilings(M, N, K, group))
 
@@ -150,18 +167,21 @@ def quantized_linear(
     out_features: int,
     bias: Tensor | None,
     dtype: torch.dtype,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
-    """Codes `[…, K]` and scales as `quantize` made them, of `x_bits` where they have a zero point → `[…, N]`."""
+    """Codes `[…, K]` and scales as `quantize` made them, of `x_bits` where they have a zero point → `[…, N]`;
+    low and up as in `weight_only_linear`, in `dtype`."""
     K, N = int(x.shape[-1]), out_features
     tokens = x.reshape(-1, K)
     M = tokens.shape[0]
     x_group = x_group_of(x_scale, K)
-    weight = weight_arguments(arrays, encoding, (N, K))
+    weight = weight_arguments(arrays, encoding, (N, K)) | correction_arguments(low, up)
 
     def run(tile: Tiling) -> Tensor:
         if tile == REFERENCE:
             values = dequantized(tokens, x_scale, x_zero, x_bits)
-            return linear(values.to(dtype), decoded(arrays, encoding, (N, K), dtype), bias)
+            return corrected(linear(values.to(dtype), decoded(arrays, encoding, (N, K), dtype), bias), low, up)
         out = torch.empty((tile.split, M, N), dtype=torch.float32 if tile.split > 1 else dtype, device=x.device)
         launch(
             quantized_matmul_kernel,
@@ -177,12 +197,13 @@ def quantized_linear(
             stride_x_scale=x_scale.shape[1] if x_scale.ndim else 0,
             X_OFFSET=1 << x_bits - 1,
             X_GROUP=x_group,
+            WIDEN=INTERPRETED and dtype == torch.bfloat16,
             **weight,
             **tile.constants,
         )
         return sum_parts(out, bias, dtype)
 
-    y = TUNINGS.run(product_plan(M, N, K, encoding, x.dtype, x_group, dtype), tokens, run)
+    y = TUNINGS.run(product_plan(M, N, K, encoding, x.dtype, x_group, dtype, weight["rank"]), tokens, run)
     return y.reshape(*x.shape[:-1], N)
 
 
@@ -210,5 +231,7 @@ def _(
     out_features: int,
     bias: Tensor | None,
     dtype: torch.dtype,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     return torch.empty((*x.shape[:-1], out_features), dtype=dtype, device=x.device)

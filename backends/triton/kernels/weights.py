@@ -22,11 +22,14 @@ from torch import Tensor
 from ....compiler.dialect.weights import reference_decode
 from ....compiler.encodings import NF4, NM, Additive, Affine, Codebook, Dense, Encoding, Float, parse_encoding
 from ....compiler.encodings.codebook import LookUp
+from .launch import padded
 
 #: sizes of codes of which a byte holds a whole number
 _BITS = (2, 4, 8)
 #: the most numbers of additive codebooks, of 2 bytes, that are kept in shared memory
 _TABLE = 1 << 14
+#: the columns of a low-rank factor that are held at once
+_RANK = 64
 #: the exponent bits and the mantissa bits of float16, through which floats are decoded
 _EXPONENT, _MANTISSA = 5, 10
 
@@ -165,6 +168,19 @@ def decoded(arrays: Sequence[Tensor], text: str, shape: tuple[int, int], dtype: 
 
 def _row_stride(array: Tensor | None) -> int:
     return 0 if array is None or array.shape[0] == 1 else array.stride(0)
+
+
+def correction_arguments(low: Tensor | None, up: Tensor | None) -> dict[str, Any]:
+    """The arguments of `correction_tile`: both factors, or neither."""
+    if low is None or up is None:
+        return {"low": None, "up": None, "rank": 0, "RANK": _RANK}
+    rank = int(up.shape[1])
+    return {"low": low.reshape(-1, rank), "up": up, "rank": rank, "RANK": min(padded(rank), _RANK)}
+
+
+def corrected(y: Tensor, low: Tensor | None, up: Tensor | None) -> Tensor:
+    """y `[M, N]` + low·upᵀ, as the reference has it."""
+    return y if low is None or up is None else y + low.reshape(-1, up.shape[1]) @ up.T
 
 
 @triton.jit
@@ -389,3 +405,27 @@ def weight_tile(
         ranks = rank_tile(indices, rows, start // OF, N, stride_indices, rank_bytes, RANK_BITS, BLOCK_K // OF)
         tile = spread(tile, ranks, patterns, KEPT, OF)
     return tile
+
+
+@triton.jit
+def correction_tile(low, up, tokens, rows, M, N, rank, RANK: tl.constexpr, WIDEN: tl.constexpr):
+    """Of a low-rank correction U·V beside a weight, its product up·lowᵀ `[BLOCK_N, BLOCK_M]`, float32.
+
+    low `[M, rank]` = x·Vᵀ, contiguous, and up `[N, rank]` = U, contiguous, both in the type of x.
+    """
+    BLOCK_N: tl.constexpr = rows.shape[0]
+    BLOCK_M: tl.constexpr = tokens.shape[0]
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in tl.range(0, rank, RANK, num_stages=1):
+        ranks = start + tl.arange(0, RANK)
+        inside = (ranks < rank)[None, :]
+        left = tl.load(
+            up + rows.to(tl.int64)[:, None] * rank + ranks[None, :], mask=(rows < N)[:, None] & inside, other=0.0
+        )
+        right = tl.load(
+            low + tokens.to(tl.int64)[:, None] * rank + ranks[None, :], mask=(tokens < M)[:, None] & inside, other=0.0
+        )
+        if WIDEN:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        sums = tl.dot(left, tl.trans(right), sums, input_precision="tf32x3")
+    return sums

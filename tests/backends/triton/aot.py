@@ -1,4 +1,4 @@
-"""Compile kernels ahead of time for GPUs that need not be there: what `launch` was asked to run, as PTX and SASS.
+"""Compile kernels ahead of time for GPUs that need not be there: what `launch` was asked to run, to machine code.
 
     python aot.py CASES.json RESULTS.json
 
@@ -97,7 +97,7 @@ def traced(operator: str, arguments: list[Any]) -> list[str]:
 
 
 def compiled(kernel: Any, given: dict[str, Any], capability: int) -> dict[str, Any]:
-    """One kernel for one architecture → its PTX, SASS and resources."""
+    """One kernel for one architecture → its PTX and what its machine code takes."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -122,7 +122,7 @@ def compiled(kernel: Any, given: dict[str, Any], capability: int) -> dict[str, A
 
 
 def resources(cubin: bytes) -> dict[str, Any]:
-    """Registers and bytes of stack (where spilled registers go) of a kernel, and its machine code."""
+    """Registers and bytes of stack (where spilled registers go) of a kernel in machine code."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -131,13 +131,9 @@ def resources(cubin: bytes) -> dict[str, Any]:
         usage = subprocess.run(
             [knobs.nvidia.cuobjdump.path, "-res-usage", file], capture_output=True, text=True, check=True
         ).stdout
-        sass = subprocess.run(
-            [knobs.nvidia.nvdisasm.path, "-c", file], capture_output=True, text=True, check=True
-        ).stdout
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "sass": sass,
     }
 
 

@@ -40,7 +40,7 @@ def test_without_a_gpu_it_says_so(script, monkeypatch):
         script.main()
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "NF4", "2:4 W4A16", "FP8"])
+@pytest.mark.parametrize("scheme", ["W4A16", "NF4", "2:4 W4A16", "FP8", "W4A16 + 32"])
 def test_a_layer_is_what_it_says(script, monkeypatch, scheme):
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
     layer = script.Layer(scheme, 2 * script.ROWS, 256)
@@ -52,5 +52,21 @@ def test_a_layer_is_what_it_says(script, monkeypatch, scheme):
 
 def test_every_scheme_has_its_kernel(script):
     for text, code in script.SCHEMES.values():
-        canonical = str(pc.parse_encoding(text))
+        encoding = pc.parse_encoding(text)
+        canonical = str(encoding.first if isinstance(encoding, pc.Sum) else encoding)
         assert isinstance(quantized_format(canonical, code) if code else weight_format(canonical), Format)
+
+
+#: half a step between two codes of int8, and rounding
+BOUNDS = {"SiLU · gate + int8": 0.01, "RMS norm + int8": 0.01}
+
+
+def test_every_operator_is_what_it_says(script):
+    cases = script.operator_cases("cpu", shrink=16)
+    assert [case.name for case in cases] == list(script.OPERATORS)
+    for case in cases:
+        assert case.error() < BOUNDS.get(case.name, 1e-5), case.name
+        wrong = script.Operator(
+            case.name, case.inputs, case.kernel, lambda *x, eager=case.eager: -eager(*x), case.dense
+        )
+        assert wrong.error() > 0.1

@@ -90,6 +90,30 @@ def test_every_scheme_runs_on_its_kernels_and_equals_the_reference(compiled, nea
     assert all("matmul" in row.kernel and not row.accelerated and row.note == "interpreted, for tests" for row in rows)
 
 
+class SpeltOut(nn.Module):
+    """An RMS norm as transformers write it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(channels) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_norm_that_is_spelt_out_joins_too(compiled, near, dtype):
+    program = compiled("quantize:FP8", SpeltOut, dtype)
+    executable = Triton().lower(program, {})
+    assert kernels(executable) == TOKENS
+    assert not any("rsqrt" in str(n.target) for n in executable.lowered.graph.nodes)
+    x = X.to(dtype)
+    (y,), (reference,) = executable.run([x]), program.run([x])
+    near(y, reference, (1e-5 if dtype == torch.float32 else 2e-2) * reference.abs().max())  # a code is another
+
+
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
 def test_a_norm_joins_the_quantiser_behind_it(compiled, norm):
     executable = Triton().lower(compiled("quantize:FP8", norm), {})
@@ -104,6 +128,51 @@ def test_a_norm_that_others_read_stays(compiled):
         program.output.args = ((*program.outputs, norm),)
     targets = [str(n.target) for n in Triton().lower(program, {}).lowered.graph.nodes]
     assert "aten.layer_norm.default" in targets
+
+
+@pytest.mark.parametrize("step", ["quantize:W8A8", "quantize:FP8"])
+def test_an_activation_joins_the_quantiser_behind_it(compiled, step):
+    executable = Triton().lower(compiled(step), {})
+    targets = [str(n.target) for n in executable.lowered.graph.nodes]
+    assert not {"aten.silu.default", "aten.mul.Tensor"} & set(targets)
+
+
+class FeedForward(nn.Module):
+    """An activation of its own, its product with what is not of its shape, and one that is read twice."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.up, self.down = nn.Linear(32, 32), nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x)
+        if self.kind == "tanh":
+            return self.down(F.gelu(h, approximate="tanh"))
+        if self.kind == "right":
+            return self.down(h * F.relu(x))
+        if self.kind == "broadcast":
+            return self.down(F.silu(h) * h[:, :1])
+        h = F.gelu(h)
+        return self.down(h) + h[:, :8]
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [("tanh", None), ("right", None), ("broadcast", "aten.silu.default"), ("twice", "aten.gelu.default")],
+)
+@pytest.mark.parametrize("step", ["quantize:W8A8", "quantize:W8A8-dynamic,granularity=token"])
+def test_only_what_nothing_else_reads_joins_a_quantiser(near, kind, left, step):
+    torch.manual_seed(0)
+    model, x = FeedForward(kind).eval(), torch.randn(6, 32)
+    options = {"example_inputs": (x,), "calibration": [(x,)], "target": "eager", "verify": False}
+    program = pc.compile(model, [step], **options).program
+    executable = Triton().lower(program, {})
+    acts = {"aten.silu.default", "aten.gelu.default", "aten.relu.default"}
+    targets = {str(n.target) for n in executable.lowered.graph.nodes}
+    assert acts & targets == ({left} if left else set())
+    (y,), (reference,) = executable.run([x]), program.run([x])
+    near(y, reference, 1e-4 * reference.abs().max())
 
 
 def test_a_gpu_without_float8_rounds_before_and_says_so(compiled, near):
@@ -141,7 +210,8 @@ def test_explain_names_the_kernel_of_the_users_example(models, batch, kernel):
     assert all(row.kernel.startswith(kernel) for row in compiled.explain().rows)
 
 
-def test_what_attention_reads_is_rounded_in_a_kernel(models, near):
+def test_what_an_attention_without_kernel_reads_is_rounded_in_one(models, near, monkeypatch):
+    monkeypatch.setattr("paretoc.backends.triton.kernels.attention.MAX_WIDTH", 4)
     x = torch.randn(2, 16, 12)
     options = {"example_inputs": (x,), "target": "eager", "verify": False}
     program = pc.compile(models.Vit(depth=1).eval(), ["quantize_cache:int4"], **options).program
@@ -185,12 +255,30 @@ def test_half_precision(compiled, near, dtype):
     near(y, reference, 4 * torch.finfo(dtype).eps * reference.abs().max())
 
 
-def test_a_sum_runs_its_correction_beside(compiled, near):
-    program = compiled("quantize:W4A16,weights=Sum(Affine(4,32),LowRank(4)),fitter=rtn")
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        ("quantize:W4A16,weights=Sum(Affine(4,32),LowRank(4)),fitter=rtn", WEIGHT_ONLY),
+        ("quantize:W4A8,weights=Sum(Affine(4,32),LowRank(4)),fitter=rtn", [*TOKENS, *["round_tokens"] * 2]),
+    ],
+)
+def test_a_low_rank_correction_is_added_by_the_kernel(compiled, near, step, expected):
+    program = compiled(step)
     executable = Triton().lower(program, {})
-    assert kernels(executable) == WEIGHT_ONLY
+    assert sorted(kernels(executable)) == sorted(expected)
+    targets = [str(n.target) for n in executable.lowered.graph.nodes]
+    assert targets.count("aten.add.Tensor") == 1  # the residual
     (y,), (reference,) = executable.run([X]), program.run([X])
     near(y, reference, 1e-5 * reference.abs().max())
+    notes = [row.note for row in executable.explain() if row.encoding.startswith("Sum")]
+    assert notes == ["adds the correction of rank 4; interpreted, for tests"] * 3
+
+
+def test_a_sum_whose_first_part_has_no_kernel_runs_the_reference(compiled):
+    program = compiled("quantize:W4A16,weights=Sum(Affine(3,32),LowRank(4)),fitter=rtn")
+    executable = Triton().lower(program, {})
+    assert torch.equal(executable.run([X])[0], program.run([X])[0])
+    assert "codes of 3 bits do not fill a byte" in {row.note for row in executable.explain()}
 
 
 def test_token_merging_runs_on_its_kernels_and_equals_the_reference(models, near):

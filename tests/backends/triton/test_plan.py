@@ -77,6 +77,51 @@ def test_on_a_gpu_the_fastest_is_measured_once(monkeypatch):
         assert table.run(other, ONE, limited(BIG, REFERENCE)) == 0  # the reference is faster than what is left
 
 
+@pytest.fixture
+def timer(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[int]:
+    """A GPU on which everything can be timed, the larger the slower; returns what was timed."""
+    timed: list[int] = []
+
+    def milliseconds(call: Any) -> float:
+        timed.append(int(call()))
+        return timed[-1] or 1000.0
+
+    monkeypatch.setenv("PARETOC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "can_time", lambda x: True)
+    monkeypatch.setattr(module, "milliseconds", milliseconds)
+    monkeypatch.setattr(module, "device_name", lambda: "NVIDIA X/1")
+    return timed
+
+
+def test_another_process_need_not_measure_again(timer, monkeypatch):
+    run = lambda plan=PLAN: Tunings(shared=True).run(plan, ONE, limited(BIG, SMALL, REFERENCE))  # noqa: E731
+    assert run() == 64 and len(timer) == 3
+    assert run() == 64 and len(timer) == 3
+    run(Plan("another", PLAN.tilings))
+    assert run() == 64 and len(timer) == 6  # one plan does not displace the other
+    assert len(json.loads(module.cache_file().read_text())) == 2
+    run(Plan(PLAN.key, (BIG, REFERENCE)))
+    assert len(timer) == 8  # what is remembered is no tiling of this plan
+    monkeypatch.setattr(module, "device_name", lambda: "NVIDIA Y")
+    run()
+    assert len(timer) == 11
+    Tunings().run(PLAN, ONE, limited(BIG, SMALL, REFERENCE))
+    assert len(timer) == 14
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"a": 3}', '{"a": {"kernel": "matmul"}}'])
+def test_a_broken_file_is_measured_anew(timer, text):
+    module.cache_file().parent.mkdir()
+    module.cache_file().write_text(text)
+    assert Tunings(shared=True).run(PLAN, ONE, limited(BIG, SMALL, REFERENCE)) == 64
+    assert list(json.loads(module.cache_file().read_text())) == [PLAN.key]
+
+
+def test_where_nothing_can_be_written_it_runs_all_the_same(timer, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    assert Tunings(shared=True).run(PLAN, ONE, limited(BIG, SMALL, REFERENCE)) == 64
+
+
 def test_nothing_is_timed_on_a_cpu_or_while_tracing():
     with torch._subclasses.FakeTensorMode() as mode:
         traced = mode.from_tensor(ONE)

@@ -86,6 +86,51 @@ def test_a_norm_in_front(near, kind, affine, dtype):
     assert (codes != expected).float().mean() < (0.01 if dtype == torch.float32 else 0.2)
 
 
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def same_codes(codes: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+    """A code in a hundred is the next one, where an activation rounds otherwise; Triton's interpreter truncates to
+    bfloat16, for an activation and again for a product: then 2⁻⁶ of 255 codes."""
+    apart = (codes.float() - expected.float()).abs()
+    if dtype == torch.bfloat16:
+        return bool(apart.max() <= 4)
+    return bool(apart.max() <= 1) and float((apart > 0).float().mean()) <= 0.01
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("front", ACTIVATIONS)
+def test_an_activation_in_front(near, front, gated, dtype):
+    both = (torch.randn(3, 2, 2 * 90) * 3).to(dtype)
+    x, gate = both[..., :90], both[..., 90:] if gated else None  # the halves of one projection: strided
+    active = ACTIVATIONS[front](x)
+    active = active if gate is None else active * gate
+    codes, scales = quantize_tokens(x, "int8", 0, front, gate=gate)
+    expected, expected_scales = quantize_tokens(active, "int8")
+    near(scales, expected_scales, expected_scales * 3 * torch.finfo(dtype).eps)
+    assert same_codes(codes, expected, dtype)
+    scale, zero = tensor_range(active, 8)
+    static, expected = quantize_range(x, scale, zero, 8, front, gate), quantize_range(active, scale, zero, 8)
+    assert same_codes(static, expected, dtype)
+    other = next(name for name in ACTIVATIONS if name not in (front, "gelu", "gelu_tanh"))
+    assert not same_codes(quantize_range(x, scale, zero, 8, other, gate), expected, dtype)
+
+
+def test_the_two_gelus_are_told_apart():
+    x, scale, zero = torch.linspace(-5, -2.6, 2000), torch.tensor(1e-4), torch.tensor(200)  # they differ by 4e-4 at −3
+    found = {front: quantize_range(x, scale, zero, 8, front).float() for front in ("gelu", "gelu_tanh")}
+    for front, codes in found.items():
+        expected = quantize_range(ACTIVATIONS[front](x), scale, zero, 8).float()
+        assert (codes - expected).abs().max() <= 1
+    assert (found["gelu"] - found["gelu_tanh"]).abs().max() > 1
+
+
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_of_a_tensor_are_those_of_the_dialect(bits, dtype):
@@ -108,6 +153,7 @@ def test_codes_of_a_measured_range_are_those_of_the_dialect():
     [
         ("quantize_tokens", (torch.randn(2, 3, 8), "int8")),
         ("quantize_tokens", (torch.randn(4, 8), "e4m3", 4, "rms", torch.ones(8), None, 1e-5)),
+        ("quantize_tokens", (torch.randn(4, 8), "int8", 0, "silu", None, None, 0.0, torch.randn(4, 8))),
         ("quantize_range", (torch.randn(2, 8), torch.tensor(0.1), torch.tensor(3.0), 8)),
         ("tensor_range", (torch.randn(2, 8), 8)),
         ("round_tokens", (torch.randn(2, 3, 8).transpose(0, 1), "int8", 4)),

@@ -84,6 +84,27 @@ def test_every_format(near, text, K, M, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("M", "N", "K", "rank", "text"),
+    [
+        (1, 9, 64, 1, "Affine(4, 32)"),
+        (1, 33, 4096, 20, "Affine(8)"),
+        (5, 37, 96, 5, "Affine(4)"),
+        (17, 9, 64, 70, "NF4(64)"),
+    ],
+)
+def test_a_low_rank_correction(near, M, N, K, rank, text, dtype):
+    arrays, text, weight = encoded(text, N, K)
+    x, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
+    low, up = torch.randn(M, rank).to(dtype), torch.randn(N, rank).to(dtype)
+    y = weight_only_linear(x, arrays, text, N, bias, low, up)
+    exact, size = expected(torch.cat([x, low], 1), torch.cat([weight, up.float()], 1), bias)
+    near(y, exact, size * (2 if dtype == torch.bfloat16 else 1))  # two products, rounded once
+    with pytest.raises(AssertionError, match="more than allowed"):
+        near(y, *expected(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 5])
 def test_every_type(near, M, dtype):
     test_every_format(near, "Affine(4, 32, symmetric=False)", 96, M, dtype)
