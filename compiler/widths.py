@@ -210,13 +210,14 @@ def within_latency(
 def _untried(
     spend: Callable[[float], T], low: float, high: float, part: float, known: tuple[T, T | None]
 ) -> tuple[float, T] | None:
-    """A share so far between two, and its form; where that is the form of either, closer to the other."""
+    """A share so far between two, and its form; where that is the form of either, half way to the other."""
     while high - low > _FINE:
         share = low + (high - low) * part
         form = spend(share)
         if form not in known:
             return share, form
         low, high = (share, high) if form == known[0] else (low, share)
+        part = 0.5
     return None
 
 

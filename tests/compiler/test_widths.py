@@ -70,6 +70,11 @@ def test_the_best_of_few_forms_is_found() -> None:
     assert found == 0.6 and set(timed) == {0.2, 0.6, 0.8}
 
 
+def test_the_search_ends_where_a_form_misses_by_a_rounding() -> None:
+    found, _, timed = search(0.5, lambda m: {0.2: 0.2, 0.6: 0.5 + 2e-16}[m], [0.2, 0.6])
+    assert found == 0.2 and timed == [0.2, 0.6]
+
+
 def test_the_clock_compares_lowered_programs_in_turns(monkeypatch: Any) -> None:
     """The median of the form over that of the whole, both run on the inputs of the user."""
     models = [nn.Linear(6, 4).eval(), nn.Linear(6, 4).eval()]
