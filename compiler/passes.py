@@ -118,10 +118,12 @@ class Pass:
 
     def describe(self) -> str:
         """The text form with the options that differ from the defaults."""
-        words = [_show(getattr(self, self.positional))] if self.positional else []
+        words: list[str] = []
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if item.name != self.positional and value != default_of(item):
+            if item.name == self.positional and value is not None:
+                words.insert(0, _show(value))
+            elif value != default_of(item):
                 words.append(f"{item.name}={_show(value)}")
         return self.name + (":" + ",".join(words) if words else "")
 

@@ -106,6 +106,7 @@ def test_a_pass_describes_itself_in_the_text_form():
     assert Demo(anything=torch.ones(2)).describe() == "demo:3,anything=Tensor"
     assert registry().pass_class("canonicalize")().describe() == "canonicalize"
     assert registry().pass_class("quantize")().describe() == "quantize:W8A8-dynamic"
+    assert registry().pass_class("prune_depth")(macs=0.5).describe() == "prune_depth:macs=0.5"
 
 
 def test_a_default_factory_is_a_default():
