@@ -79,8 +79,10 @@ def tilings(M: int, a: int, b: int) -> list[Tiling]:
     size = padded(a) * padded(b)
     if size > MAX_SIZE:
         return []
-    blocks = [(max(1, MAX_SIZE // size), 8), (max(1, MAX_SIZE // 2 // size), 4), (1, 4)]
-    blocks = [(1, 4), (1, 8)] if M == 1 else list(dict.fromkeys(blocks))
+    shared = [1] if M == 1 else [max(1, MAX_SIZE // size), max(1, MAX_SIZE // 2 // size), 1]
+    # more in four warps does not fit their registers
+    blocks = dict.fromkeys((tokens, 8 if tokens * size > MAX_SIZE // 2 else 4) for tokens in shared)
+    blocks |= {(1, 8): None} if M == 1 else {}
     step = min(padded(b), _STEP)
     return [Tiling("rotation", tokens, padded(b), step, 1, warps, 2) for tokens, warps in blocks]
 
