@@ -39,8 +39,9 @@ from .translate import translate
 MODEL = "model.onnx"
 #: the smallest opset written: one that other runtimes know, and the one in which attention and norms are one operator
 _OPSETS = {"onnx": 18, "onnxruntime": 23}
-#: session options that travel with a model: a DequantizeLinear before a MatMul must not round the activations
-CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1"}
+#: session options that travel with a model: a DequantizeLinear before a MatMul must not round the activations, and the
+#: signed codes of a product's second factor stay signed
+CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1", "session.qdqisint8allowed": "1"}
 #: a protobuf message cannot exceed 2 GiB
 _PROTOBUF_LIMIT = (1 << 31) - (1 << 24)
 

@@ -289,10 +289,76 @@ class SaturatedClip(Rule):
         return op.QuantizeLinear(x, scale, zero)
 
 
+class Signed(Rule):
+    """The second factor of a product of activations in signed codes, 128 less each and the same numbers: u8·s8 takes
+    half the time of u8·u8."""
+
+    def check(self, context: Any, a: ir.Value, zero: ir.Value, **_: Any) -> MatchResult:
+        first = a.producer()
+        codes = first.inputs[0] if first is not None and first.op_type == "DequantizeLinear" else None
+        if codes is None or codes.dtype != ir.DataType.UINT8:
+            return MatchResult().fail("the first factor is not in unsigned codes")
+        if zero.dtype != ir.DataType.UINT8 or _number(zero) is None:
+            return MatchResult().fail("its codes are not unsigned with one known zero")
+        return MatchResult()
+
+    def middle(self, op: Any, x: ir.Value, zero: ir.Value) -> ir.Value:
+        return _stored(op, f"{x.name}.zero", np.array(int(_number(zero) or 0) - 128, dtype=np.int8))
+
+
+class SignedFactor(Signed):
+    """As they stand: the values of an attention."""
+
+    def pattern(self, op: Any, a: ir.Value, x: ir.Value, scale: ir.Value, zero: ir.Value) -> Any:
+        return op.MatMul(a, op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero))
+
+    def rewrite(self, op: Any, a: ir.Value, x: ir.Value, scale: ir.Value, zero: ir.Value, **_: Any) -> Any:
+        middle = self.middle(op, x, zero)
+        return op.MatMul(a, op.DequantizeLinear(op.QuantizeLinear(x, scale, middle), scale, middle))
+
+
+class SignedKeys(Signed):
+    """Transposed, its keys: the codes are, since ONNX Runtime fails to move signed ones there itself (1.31.1)."""
+
+    def pattern(self, op: Any, a: ir.Value, x: ir.Value, scale: ir.Value, zero: ir.Value) -> Any:
+        values = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
+        return op.MatMul(a, op.Transpose(values, _allow_other_attributes=True, _outputs=["turned"]))
+
+    def rewrite(
+        self, op: Any, a: ir.Value, x: ir.Value, scale: ir.Value, zero: ir.Value, turned: ir.Value, **_: Any
+    ) -> Any:
+        node = turned.producer()
+        assert node is not None
+        middle = self.middle(op, x, zero)
+        codes = op.Transpose(op.QuantizeLinear(x, scale, middle), **node.attributes)
+        return op.MatMul(a, op.DequantizeLinear(codes, scale, middle))
+
+
+class ScaledCodes(Rule):
+    """A number times a product of codes goes into the scale of the first factor, a number too."""
+
+    def pattern(self, op: Any, codes: ir.Value, scale: ir.Value, zero: ir.Value, b: ir.Value, by: ir.Value) -> Any:
+        product = op.MatMul(op.DequantizeLinear(codes, scale, zero), b, _outputs=["product"])
+        return op.Mul(product, by)
+
+    def check(
+        self, context: Any, scale: ir.Value, by: ir.Value, b: ir.Value, product: ir.Value, **_: Any
+    ) -> MatchResult:
+        if _number(scale) is None or _number(by) is None or by.dtype != ir.DataType.FLOAT:
+            return MatchResult().fail("one of the two is not one known number")
+        return MatchResult() if len(product.uses()) == 1 else MatchResult().fail("the product is read as it is, too")
+
+    def rewrite(
+        self, op: Any, codes: ir.Value, scale: ir.Value, zero: ir.Value, b: ir.Value, by: ir.Value, **_: Any
+    ) -> Any:
+        together = np.array((_number(scale) or 0.0) * (_number(by) or 0.0), dtype=np.float32)
+        return op.MatMul(op.DequantizeLinear(codes, _stored(op, f"{codes.name}.scale", together), zero), b)
+
+
 #: in the order in which one makes room for the next
 _ORDER = (
     ResidualSum, RootMeanSquareNorm, GroupedHeads, Rotary, RotaryInside, HeadsInside, VisibleRows,
-    EmptyPad, PaddedConvolution, SaturatedClip,
+    EmptyPad, PaddedConvolution, SaturatedClip, SignedFactor, SignedKeys, ScaledCodes,
 )  # fmt: skip
 
 
@@ -301,6 +367,12 @@ def rewrite(model: ir.Model) -> None:
     for rule in _ORDER:
         # a value may be read elsewhere too; what nothing reads is removed with other dead nodes
         RewriteRuleSet([rule.rule(remove_nodes=False)], commute=True).apply_to_model(model)
+
+
+def _stored(op: Any, name: str, value: np.ndarray[Any, Any]) -> ir.Value:
+    """An initializer: what a quantiser reads has to be one for ONNX Runtime to look into it."""
+    made: ir.Value = op.initializer(ir.tensor(value, name=name))
+    return made
 
 
 def _shape(value: ir.Value) -> list[int | str | None] | None:

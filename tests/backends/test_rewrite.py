@@ -23,6 +23,9 @@ from paretoc.backends.onnxruntime.rewrite import (
     Rotary,
     RotaryInside,
     SaturatedClip,
+    ScaledCodes,
+    SignedFactor,
+    SignedKeys,
     VisibleRows,
 )
 
@@ -418,3 +421,89 @@ def test_a_clip_inside_the_codes_stays(low: float, high: float, zero: int) -> No
     assert "beyond the bounds" in _reason(SaturatedClip, text)
     bare = text.replace("QuantizeLinear(clipped", "QuantizeLinear(wide")
     assert (_run(_model(text))[0] != _run(_model(bare))[0]).any()
+
+
+# -- products of codes -------------------------------------------------------------------------------------------
+
+
+def _product(second: str = "turned", zero: str = "uint8 {120}", first: str = "q_values", by: str = "0.3") -> str:
+    return f"""g (float[B,12,12] q, float[B,12,12] k, float c) => (float[B,12,12] y) {{
+    scale = Constant<value_float=0.03>()
+    zero = Constant<value={zero}>()
+    fine = Constant<value_float=0.02>()
+    middle = Constant<value=uint8 {{131}}>()
+    by = Constant<value_float={by}>()
+    q_codes = QuantizeLinear(q, fine, middle)
+    q_values = DequantizeLinear(q_codes, fine, middle)
+    codes = QuantizeLinear(k, scale, zero)
+    values = DequantizeLinear(codes, scale, zero)
+    turned = Transpose<perm=[0, 2, 1]>(values)
+    product = MatMul({first}, {second})
+    y = Mul(product, by)
+}}"""
+
+
+SIGNED = [(SignedFactor, "values"), (SignedKeys, "turned")]
+
+
+@pytest.mark.parametrize("zero", [0, 120, 128, 255])
+@pytest.mark.parametrize(("rule", "second"), SIGNED)
+def test_the_second_factor_gets_signed_codes(rule, second: str, zero: int) -> None:
+    text = _product(second, f"uint8 {{{zero}}}")
+    _equal(rule, text)
+    rewritten, _ = _applied(rule, _model(text))
+    stored = [onnx.numpy_helper.to_array(tensor) for tensor in rewritten.graph.initializer]
+    assert [(array.dtype, array.item()) for array in stored] == [(np.int8, zero - 128)]
+
+
+@pytest.mark.parametrize(("rule", "second"), SIGNED)
+def test_other_codes_stay(rule, second: str) -> None:
+    assert "not unsigned" in _reason(rule, _product(second, "int8 {3}"))
+    assert "not in unsigned codes" in _reason(rule, _product(second, first="q"))
+
+
+@pytest.mark.parametrize(("rule", "second"), SIGNED)
+def test_a_zero_that_did_not_move_is_caught(rule, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        SignedFactor, "middle", lambda self, op, x, zero: rewrite._stored(op, "z", np.array(0, np.int8))
+    )
+    with pytest.raises(AssertionError):
+        _equal(rule, _product(second, "uint8 {255}"))
+
+
+def test_a_number_goes_into_the_scale_of_codes() -> None:
+    assert "Mul" not in _equal(ScaledCodes, _product())
+
+
+def test_what_is_no_number_stays() -> None:
+    assert "not one known number" in _reason(ScaledCodes, _product().replace("Mul(product, by)", "Mul(product, c)"))
+    read = _product().replace("=> (float[B,12,12] y)", "=> (float[B,12,12] y, float[B,12,12] z)")
+    assert "as it is" in _reason(ScaledCodes, read.replace("y = Mul", "z = Relu(product)\n    y = Mul"))
+
+
+def test_a_number_left_out_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = rewrite._stored
+    monkeypatch.setattr(rewrite, "_stored", lambda op, name, value: stored(op, name, value / np.float32(0.3)))
+    with pytest.raises(AssertionError):
+        _equal(ScaledCodes, _product())
+
+
+def test_an_attention_on_codes_is_the_eager_one(models, tmp_path) -> None:
+    """Whole: both products run on integers, u8·s8, and give the same."""
+    model, call = models.hugging_face("ViTForImageClassification", num_hidden_layers=1), models.images()
+    options = {"example_inputs": call, "calibration": [call], "verify": False}
+    ours, eager = (
+        pc.compile(model, ["quantize:W8A8,attention=true"], target=target, **options)
+        for target in ("onnxruntime", "eager")
+    )
+    torch.testing.assert_close(ours(**call).logits, eager(**call).logits, rtol=1e-4, atol=1e-4)
+    session = ours._compiled().executable
+    settings = session.session_options()
+    settings.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    session._start(settings)
+    graph = onnx.load(tmp_path / "optimised.onnx").graph
+    assert not any(node.op_type in ("MatMul", "FusedMatMul", "Mul") for node in graph.node)
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type in ("MatMulIntegerToFloat", "QLinearMatMul")]
+    zeros = [kinds[node.input[5]] for node in products if node.input[5]]  # of the second factor; weights have none
+    assert zeros == [onnx.TensorProto.INT8] * 2
