@@ -41,7 +41,12 @@ class Workload:
 
 
 MERGING = {"merge r=13": ["merge_tokens:13"], "W8A8-dynamic + merge r=13": ["merge_tokens:13", "quantize:W8A8-dynamic"]}
-TRANSFORMER = {"fp32": [], "W8A8-dynamic": ["quantize:W8A8-dynamic"], "W8A8 static": ["quantize:W8A8"]}
+TRANSFORMER = {
+    "fp32": [],
+    "W8A8-dynamic": ["quantize:W8A8-dynamic"],
+    "W8A8 static": ["quantize:W8A8"],
+    "W8A8 and attention": ["quantize:W8A8,attention=true"],
+}
 FOLDED = {"fp32": [], "W8A8 static": ["quantize:W8A8"]}
 
 

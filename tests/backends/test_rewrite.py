@@ -464,9 +464,8 @@ def test_other_codes_stay(rule, second: str) -> None:
 
 @pytest.mark.parametrize(("rule", "second"), SIGNED)
 def test_a_zero_that_did_not_move_is_caught(rule, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        SignedFactor, "middle", lambda self, op, x, zero: rewrite._stored(op, "z", np.array(0, np.int8))
-    )
+    wrong = np.array(0, dtype=np.int8)
+    monkeypatch.setattr(rewrite.Signed, "middle", lambda self, op, x, zero: rewrite._stored(op, "z", wrong))
     with pytest.raises(AssertionError):
         _equal(rule, _product(second, "uint8 {255}"))
 
