@@ -12,9 +12,6 @@ from .program import Program, argument, example_shape, operands, shape_of
 aten = torch.ops.aten
 paretoc = torch.ops.paretoc
 
-#: round every number by itself, or by one range of the whole tensor: what moves numbers may stand on either side
-_QUANTISERS = (paretoc.fake_quantize.default, paretoc.fake_quantize_dynamic.default)
-
 
 def linear_patches(program: Program) -> None:
     """Rewrite, in place, patch embeddings: x `[B, C, H, W]` → `[B, H/P·W/P, C·P·P]` → linear."""
@@ -29,8 +26,10 @@ def linear_patches(program: Program) -> None:
 
 def _tokens(program: Program, node: fx.Node) -> fx.Node | None:
     """The `[B, T, O]` that is made of a patch embedding's result; None where the convolution is none."""
-    weight = operands(node)[1]
-    (_, channels, height, width), (outputs, features, *window) = shape_of(operands(node)[0]), example_shape(weight)
+    x, weight = operands(node)[:2]
+    if len(shape_of(x)) != 4:
+        return None  # one image without a batch
+    (_, channels, height, width), (outputs, features, *window) = shape_of(x), example_shape(weight)
     options = [argument(node, 3, "stride", 1), argument(node, 4, "padding", 0), argument(node, 5, "dilation", 1)]
     stride, padding, dilation = ([o] * 2 if isinstance(o, int) else list(o) for o in options)
     if stride != window or window == [1, 1] or any(padding) or dilation not in ([1], [1, 1]) or features != channels:
@@ -66,12 +65,18 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1] * shape[2] * shape[3]
 
 
+def _of_whole_tensor(node: fx.Node) -> bool:
+    """Whether it rounds every number by one range: what moves numbers may stand on either side of it."""
+    dynamic = node.target is paretoc.fake_quantize_dynamic.default and operands(node)[1] == "tensor"
+    return dynamic or node.target is paretoc.fake_quantize.default
+
+
 def _rewrite(program: Program, node: fx.Node, tokens: fx.Node) -> None:
     graph = program.graph
     x, weight, *bias = operands(node)[:3]
     _, channels, rows, columns = example_shape(weight)
     height, width = example_shape(x)[2:]
-    quantiser = x if x.op == "call_function" and x.target in _QUANTISERS else None
+    quantiser = x if _of_whole_tensor(x) else None
     if quantiser is not None:
         x = operands(quantiser)[0]
     with graph.inserting_before(node):

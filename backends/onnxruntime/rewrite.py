@@ -302,18 +302,20 @@ class Signed(Rule):
             return MatchResult().fail("its codes are not unsigned with one known zero")
         return MatchResult()
 
-    def middle(self, op: Any, x: ir.Value, zero: ir.Value) -> ir.Value:
-        return _stored(op, f"{x.name}.zero", np.array(int(_number(zero) or 0) - 128, dtype=np.int8))
+    def middle(self, op: Any, product: ir.Value, zero: ir.Value) -> ir.Value:
+        return _stored(op, f"{product.name}.zero", np.array(int(_number(zero) or 0) - 128, dtype=np.int8))
 
 
 class SignedFactor(Signed):
     """As they stand: the values of an attention."""
 
     def pattern(self, op: Any, a: ir.Value, x: ir.Value, scale: ir.Value, zero: ir.Value) -> Any:
-        return op.MatMul(a, op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero))
+        return op.MatMul(a, op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero), _outputs=["product"])
 
-    def rewrite(self, op: Any, a: ir.Value, x: ir.Value, scale: ir.Value, zero: ir.Value, **_: Any) -> Any:
-        middle = self.middle(op, x, zero)
+    def rewrite(
+        self, op: Any, a: ir.Value, x: ir.Value, scale: ir.Value, zero: ir.Value, product: ir.Value, **_: Any
+    ) -> Any:
+        middle = self.middle(op, product, zero)
         return op.MatMul(a, op.DequantizeLinear(op.QuantizeLinear(x, scale, middle), scale, middle))
 
 
@@ -322,14 +324,16 @@ class SignedKeys(Signed):
 
     def pattern(self, op: Any, a: ir.Value, x: ir.Value, scale: ir.Value, zero: ir.Value) -> Any:
         values = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
-        return op.MatMul(a, op.Transpose(values, _allow_other_attributes=True, _outputs=["turned"]))
+        turned = op.Transpose(values, _allow_other_attributes=True, _outputs=["turned"])
+        return op.MatMul(a, turned, _outputs=["product"])
 
     def rewrite(
-        self, op: Any, a: ir.Value, x: ir.Value, scale: ir.Value, zero: ir.Value, turned: ir.Value, **_: Any
-    ) -> Any:
+        self, op: Any, a: ir.Value, x: ir.Value, scale: ir.Value, zero: ir.Value, turned: ir.Value,
+        product: ir.Value, **_: Any,
+    ) -> Any:  # fmt: skip
         node = turned.producer()
         assert node is not None
-        middle = self.middle(op, x, zero)
+        middle = self.middle(op, product, zero)
         codes = op.Transpose(op.QuantizeLinear(x, scale, middle), **node.attributes)
         return op.MatMul(a, op.DequantizeLinear(codes, scale, middle))
 
@@ -344,15 +348,23 @@ class ScaledCodes(Rule):
     def check(
         self, context: Any, scale: ir.Value, by: ir.Value, b: ir.Value, product: ir.Value, **_: Any
     ) -> MatchResult:
-        if _number(scale) is None or _number(by) is None or by.dtype != ir.DataType.FLOAT:
+        factor = _number(by)
+        if _number(scale) is None or factor is None or by.dtype != ir.DataType.FLOAT:
             return MatchResult().fail("one of the two is not one known number")
+        if factor <= 0:
+            return MatchResult().fail("a scale is positive")
         return MatchResult() if len(product.uses()) == 1 else MatchResult().fail("the product is read as it is, too")
 
     def rewrite(
-        self, op: Any, codes: ir.Value, scale: ir.Value, zero: ir.Value, b: ir.Value, by: ir.Value, **_: Any
-    ) -> Any:
+        self, op: Any, codes: ir.Value, scale: ir.Value, zero: ir.Value, b: ir.Value, by: ir.Value,
+        product: ir.Value, **_: Any,
+    ) -> Any:  # fmt: skip
+        node = product.producer()
+        assert node is not None
         together = np.array((_number(scale) or 0.0) * (_number(by) or 0.0), dtype=np.float32)
-        return op.MatMul(op.DequantizeLinear(codes, _stored(op, f"{codes.name}.scale", together), zero), b)
+        scaled = op.MatMul(op.DequantizeLinear(codes, _stored(op, f"{product.name}.scale", together), zero), b)
+        scaled.producer().name = node.name  # of its site
+        return scaled
 
 
 #: in the order in which one makes room for the next

@@ -465,7 +465,7 @@ def test_other_codes_stay(rule, second: str) -> None:
 @pytest.mark.parametrize(("rule", "second"), SIGNED)
 def test_a_zero_that_did_not_move_is_caught(rule, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = np.array(0, dtype=np.int8)
-    monkeypatch.setattr(rewrite.Signed, "middle", lambda self, op, x, zero: rewrite._stored(op, "z", wrong))
+    monkeypatch.setattr(rewrite.Signed, "middle", lambda self, op, product, zero: rewrite._stored(op, "z", wrong))
     with pytest.raises(AssertionError):
         _equal(rule, _product(second, "uint8 {255}"))
 
@@ -478,6 +478,31 @@ def test_what_is_no_number_stays() -> None:
     assert "not one known number" in _reason(ScaledCodes, _product().replace("Mul(product, by)", "Mul(product, c)"))
     read = _product().replace("=> (float[B,12,12] y)", "=> (float[B,12,12] y, float[B,12,12] z)")
     assert "as it is" in _reason(ScaledCodes, read.replace("y = Mul", "z = Relu(product)\n    y = Mul"))
+
+
+def test_a_number_that_is_no_scale_stays() -> None:
+    assert "positive" in _reason(ScaledCodes, _product(by="-0.3"))
+
+
+def _twice(second: str) -> str:
+    """Another product of the same codes, by another number."""
+    text = _product(second).replace("=> (float[B,12,12] y)", "=> (float[B,12,12] y, float[B,12,12] z)")
+    more = (
+        f"    other = MatMul(q_values, {second})\n    less = Constant<value_float=0.1>()\n    z = Mul(other, less)\n}}"
+    )
+    return text.rstrip().removesuffix("}") + more
+
+
+@pytest.mark.parametrize(("rule", "second"), [*SIGNED, (ScaledCodes, "turned")])
+def test_codes_of_two_products(rule, second: str) -> None:
+    _equal(rule, _twice(second))
+
+
+def test_a_scaled_product_keeps_the_name_of_its_site() -> None:
+    model = _model(_product())
+    next(node for node in model.graph.node if node.op_type == "MatMul").name = "head"
+    rewritten, _ = _applied(ScaledCodes, model)
+    assert [node.name for node in rewritten.graph.node if node.op_type == "MatMul"] == ["head"]
 
 
 def test_a_number_left_out_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

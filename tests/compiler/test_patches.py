@@ -109,6 +109,23 @@ def test_a_grouped_convolution_stays():
     assert len(rewritten(program_of(model)).calls(aten.conv2d.default)) == 1
 
 
+def test_an_image_without_a_batch_stays():
+    class Single(Patches):
+        def forward(self, x):
+            return self.head(self.embed(x[0]).flatten(1).T)
+
+    assert len(rewritten(program_of(Single())).calls(aten.conv2d.default)) == 1
+
+
+def test_ranges_of_single_rows_stay_in_front():
+    """One row of an image is no row of a patch."""
+    program = program_of(Patches(), ["quantize:W8A8-dynamic"])
+    quantiser = operands(program.calls(aten.conv2d.default)[0])[0]
+    quantiser.update_arg(1, "token")
+    program.refresh()
+    assert differ(program, rewritten(program)) < 1e-5
+
+
 def test_tokens_that_something_else_reads_too():
     class Twice(Patches):
         def forward(self, x):
