@@ -24,6 +24,7 @@ from torch.onnx.ops import symbolic_multi_out
 from ...compiler.causal import Cache
 from ...compiler.program import Program, argument, operands, shape_of
 from ...compiler.sites import AttentionSite, attention_sites
+from .denormals import flushed
 
 aten = torch.ops.aten
 #: the kernel takes heads whose width is a multiple of this
@@ -235,7 +236,8 @@ class CachedDecoder:
                 binding.bind_ortvalue_output(present, value)
             else:
                 binding.bind_output(present)
-        self.session.run_with_iobinding(binding)
+        with flushed():
+            self.session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
         if not self.shared:
             self.past = present

@@ -27,6 +27,7 @@ from ...compiler.program import Program, argument, example_shape, operands
 from ...compiler.sites import Site, weight_sites
 from ...compiler.sums import split_sums
 from .cache import CachedDecoder, row_by_row, share_cache
+from .denormals import FLUSHED, flushed
 from .integers import representable
 from .kernels import Placed, explain_session, predicted_rows
 from .lower import Lowering, required_opset
@@ -41,7 +42,7 @@ MODEL = "model.onnx"
 _OPSETS = {"onnx": 18, "onnxruntime": 23}
 #: session options that travel with a model: a DequantizeLinear before a MatMul must not round the activations, and the
 #: signed codes of a product's second factor stay signed
-CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1", "session.qdqisint8allowed": "1"}
+CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1", "session.qdqisint8allowed": "1", **FLUSHED}
 #: a protobuf message cannot exceed 2 GiB
 _PROTOBUF_LIMIT = (1 << 31) - (1 << 24)
 
@@ -120,6 +121,7 @@ class OnnxExecutable:
     def session(self) -> onnxruntime.InferenceSession:
         return self._start(self.session_options())
 
+    @flushed()
     def _start(self, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
         arguments = {"providers": ["CPUExecutionProvider"]}
         try:
@@ -155,14 +157,17 @@ class OnnxExecutable:
                 )
             feeds[name] = tensor.detach().cpu().contiguous().numpy()
         feeds = {k: v for k, v in feeds.items() if k in self._fed}
+        session = self.session
         try:
-            return [torch.from_numpy(o) for o in self.session.run(self.settings["outputs"], feeds)]
+            with flushed():
+                found = session.run(self.settings["outputs"], feeds)
         except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
             raise OptionError(
                 f"the inputs do not fit the compiled model: {str(error).splitlines()[0]}",
                 where="calling the compiled model",
                 fix="axes that were fixed at capture must keep their size; see CompiledModel.report().notes",
             ) from error
+        return [torch.from_numpy(array) for array in found]
 
     @cached_property
     def _fed(self) -> set[str]:

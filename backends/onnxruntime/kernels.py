@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 
 from ...compiler.backend import Row
+from .denormals import flushed
 from .projections import JOINT
 from .speeds import MARGIN, Speeds, load_speeds
 
@@ -60,8 +61,9 @@ def explain_session(
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = start(options)
-        for _ in range(_PROFILE_RUNS):
-            session.run(None, dict(feeds))
+        with flushed():
+            for _ in range(_PROFILE_RUNS):
+                session.run(None, dict(feeds))
         times = _node_times(Path(session.end_profiling()))
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
     nodes, speeds = _by_site(graph, sites, convolved), load_speeds()

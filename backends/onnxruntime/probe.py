@@ -13,6 +13,7 @@ from onnx_ir import tape
 
 from ...compiler.cost import measure
 from ...compiler.encodings import Affine, Encoding
+from .denormals import flushed
 from .executable import CONFIG, session_options
 from .forms import FORMS
 from .lower import Lowering
@@ -58,6 +59,7 @@ def _call(form: str, rows: int) -> Callable[[], Any]:
     return lambda: session.run(None, {"x": x})
 
 
+@flushed()
 def _session(form: str, rows: int) -> onnxruntime.InferenceSession:
     """A chain of equal layers in one form, as a session."""
     encoding, rounding = _TRIED[form]
