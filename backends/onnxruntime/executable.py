@@ -33,6 +33,7 @@ from .kernels import Placed, explain_session, predicted_rows
 from .lower import Lowering, required_opset
 from .nearest import nearest_fast
 from .optimise import optimise
+from .rule import Target
 from .speeds import MARGIN, load_speeds
 from .stored import EXTERNAL_BYTES, WEIGHTS, nbytes, write
 from .translate import translate
@@ -75,7 +76,8 @@ class OnnxExecutable:
         model = translate(program, opset)
         lowering = Lowering(model, target, rows, load_speeds())
         lowering.run()
-        optimise(model, [*beside, *traced])
+        few = {path for path, count in rows.items() if count <= lowering.speeds.joint_rows}
+        optimise(model, [*beside, *traced], Target(lowering.contrib, few))
         settings: dict[str, Any] = {
             "config": CONFIG,
             "sites": [asdict(_chosen(s, lowering)) for s in sites],

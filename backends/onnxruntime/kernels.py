@@ -20,6 +20,7 @@ from .speeds import MARGIN, Speeds, load_speeds
 
 #: the fast integer kernels
 _INTEGER = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv"}
+_INTEGER |= {"QAttention"}
 _RANGES = {"static": "static range", "tensor": "range per tensor", "token": "range per token"}
 _FLOATING = {"MatMul": "fp32 MatMul", "Gemm": "fp32 Gemm", "FusedMatMul": "fp32 FusedMatMul", "FusedGemm": "fp32 Gemm"}
 _FLOATING |= {"Conv": "fp32 Conv", "FusedConv": "fp32 FusedConv", "FusedMatMulActivation": "fp32 FusedMatMul"}

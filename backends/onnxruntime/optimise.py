@@ -9,9 +9,10 @@ import onnx_ir.passes.common as common
 from onnxscript.optimizer import fold_constants
 
 from .rewrite import rewrite
+from .rule import STANDARD, Target
 
 
-def optimise(model: ir.Model, encoded: Collection[str]) -> None:
+def optimise(model: ir.Model, encoded: Collection[str], target: Target = STANDARD) -> None:
     """Clean up in place. Nothing computed from the `encoded` initializers is folded: the file keeps them encoded."""
     protected = _descendants(model, encoded)
 
@@ -21,7 +22,7 @@ def optimise(model: ir.Model, encoded: Collection[str]) -> None:
     fold_constants(
         model, onnx_shape_inference=True, input_size_limit=1024, output_size_limit=1 << 16, should_fold=should_fold
     )
-    rewrite(model)
+    rewrite(model, target)
     common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=2)(model)
     common.DeduplicateInitializersPass()(model)

@@ -18,9 +18,11 @@ from .executable import CONFIG, session_options
 from .forms import FORMS
 from .lower import Lowering
 from .optimise import optimise
+from .rule import STANDARD, Target
 from .speeds import ROWS, Speeds
 
 _WIDTH, _LAYERS = 1024, 4
+_HEADS, _HEAD, _ATTENDED = 8, 64, (64, 128, 256, 512, 1024)
 _TENSOR, _TOKEN = {"granularity": "tensor", "code": "int8"}, {"granularity": "token", "code": "int8"}
 #: form → (weights, what rounds the activations: attributes of the dynamic quantiser, "static" or nothing)
 _TRIED: dict[str, tuple[Encoding | None, Any]] = {
@@ -50,46 +52,80 @@ def measure_speeds() -> Speeds:
     large, copy = torch.ones(2, 1 << 25)
     peaks["memory"] = round(2e-6 * large.nbytes / measure({"": lambda: copy.copy_(large)}, runs=5)[""].minimum, 1)
     where = f"this machine, {torch.get_num_threads()} threads, ONNX Runtime {onnxruntime.__version__}"
-    return Speeds(found, peaks, where)
+    return Speeds(found, peaks, where, joint_rows=_joint_rows())
+
+
+def _joint_rows() -> int:
+    """Up to how many rows one QAttention is faster than three products and Attention."""
+    last = 0
+    for rows in _ATTENDED:
+        times = measure({name: _attention(rows, name == "joint") for name in ("joint", "apart")}, runs=20)
+        if times["joint"].median > times["apart"].median:
+            break
+        last = rows
+    return last
+
+
+def _attention(rows: int, joint: bool) -> Callable[[], Any]:
+    """A chain of attentions, each on three products of one input."""
+    width = _HEADS * _HEAD
+    x = ir.Value(name="x", shape=ir.Shape((1, rows, width)), type=ir.TensorType(ir.DataType.FLOAT))
+    graph = ir.Graph([x], [], nodes=[], name="probe", opset_imports={"": 23, "paretoc": 1})
+    for layer in range(_LAYERS):
+        source = _rounded(graph, x, f"layer{layer}", "static")
+        parts = [_linear(graph, source, f"layer{layer}.{part}", Affine(8), rows, width) for part in "qkv"]
+        x = tape.Tape(graph).op("Attention", parts, {"q_num_heads": _HEADS, "kv_num_heads": _HEADS})
+        x.shape, x.type = ir.Shape((1, rows, width)), ir.TensorType(ir.DataType.FLOAT)
+    few = [f"layer{layer}.{part}" for layer in range(_LAYERS) for part in "qkv"] if joint else []
+    return _started(graph, x, "SharedMatMul", Target(True, few))
 
 
 def _call(form: str, rows: int) -> Callable[[], Any]:
-    session = _session(form, rows)
-    x = np.random.default_rng(0).standard_normal((1, rows, _WIDTH), dtype=np.float32)
-    return lambda: session.run(None, {"x": x})
-
-
-@flushed()
-def _session(form: str, rows: int) -> onnxruntime.InferenceSession:
-    """A chain of equal layers in one form, as a session."""
+    """A chain of equal layers in one form."""
     encoding, rounding = _TRIED[form]
     x = ir.Value(name="x", shape=ir.Shape((1, rows, _WIDTH)), type=ir.TensorType(ir.DataType.FLOAT))
     graph = ir.Graph([x], [], nodes=[], name="probe", opset_imports={"": 21, "paretoc": 1})
     for layer in range(_LAYERS):
-        site, weight = f"layer{layer}", torch.randn(_WIDTH, _WIDTH) / _WIDTH**0.5
-        built = tape.Tape(graph)
-        if rounding == "static":
-            bounds = [_stored(graph, f"{site}.scale", np.float32(0.03)), _stored(graph, f"{site}.zero", np.uint8(128))]
-            x = built.op("StaticQuantize", [x, *bounds], domain="paretoc")
-        elif rounding is not None:
-            x = built.op("DynamicQuantize", [x], rounding, domain="paretoc")
-        if encoding is None:
-            read = _stored(graph, f"{site}.weight", weight.numpy())
-        else:
-            arrays = encoding.encode(weight)
-            parts = [
-                _stored(graph, f"{site}.weight.{key}", arrays[key].numpy()) for key in encoding.layout(weight.shape)
-            ]
-            attributes = {"encoding": str(encoding), "shape": list(weight.shape)}
-            read = built.op("Decode", parts, attributes, domain="paretoc")
-        x = built.op("Linear", [x, read], domain="paretoc", output=ir.Value(name=f"{site}.y"))
-        x.shape, x.type = ir.Shape((1, rows, _WIDTH)), ir.TensorType(ir.DataType.FLOAT)
-    graph.outputs.append(x)
+        source = _rounded(graph, x, f"layer{layer}", rounding)
+        x = _linear(graph, source, f"layer{layer}", encoding, rows, _WIDTH)
+    return _started(graph, x, form, STANDARD)
+
+
+def _rounded(graph: ir.Graph, x: ir.Value, site: str, rounding: Any) -> ir.Value:
+    """x behind what rounds it."""
+    built = tape.Tape(graph)
+    if rounding == "static":
+        bounds = [_stored(graph, f"{site}.scale", np.float32(0.03)), _stored(graph, f"{site}.zero", np.uint8(128))]
+        return built.op("StaticQuantize", [x, *bounds], domain="paretoc")
+    return x if rounding is None else built.op("DynamicQuantize", [x], rounding, domain="paretoc")
+
+
+def _linear(graph: ir.Graph, x: ir.Value, site: str, encoding: Encoding | None, rows: int, width: int) -> ir.Value:
+    """x·W with W stored so."""
+    weight, built = torch.randn(width, width) / width**0.5, tape.Tape(graph)
+    if encoding is None:
+        read = _stored(graph, f"{site}.weight", weight.numpy())
+    else:
+        arrays = encoding.encode(weight)
+        parts = [_stored(graph, f"{site}.weight.{key}", arrays[key].numpy()) for key in encoding.layout(weight.shape)]
+        attributes = {"encoding": str(encoding), "shape": list(weight.shape)}
+        read = built.op("Decode", parts, attributes, domain="paretoc")
+    y = built.op("Linear", [x, read], domain="paretoc", output=ir.Value(name=f"{site}.y"))
+    y.shape, y.type = ir.Shape((1, rows, width)), ir.TensorType(ir.DataType.FLOAT)
+    return y
+
+
+@flushed()
+def _started(graph: ir.Graph, y: ir.Value, form: str, target: Target) -> Callable[[], Any]:
+    """A session on numbers of the shape of its input."""
+    graph.outputs.append(y)
     model = ir.Model(graph, ir_version=10)
     Lowering(model, "onnxruntime", speeds=Speeds({name: (float(name == form),) * len(ROWS) for name in FORMS})).run()
-    optimise(model, [])
+    optimise(model, [], target)
     content = ir.to_proto(model).SerializeToString()
-    return onnxruntime.InferenceSession(content, session_options(CONFIG), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, session_options(CONFIG), providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).standard_normal(session.get_inputs()[0].shape, dtype=np.float32)
+    return lambda: session.run(None, {"x": x})
 
 
 def _stored(graph: ir.Graph, name: str, value: Any) -> ir.Value:

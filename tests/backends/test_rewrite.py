@@ -9,36 +9,41 @@ import onnxruntime
 import paretoc as pc
 import pytest
 import torch
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
 from onnxscript.rewriter import MatchingTracer
 from onnxscript.rewriter.pattern import RewriteRuleSet
-from paretoc.backends.onnxruntime import rewrite
-from paretoc.backends.onnxruntime.rewrite import (
-    EmptyPad,
+from paretoc.backends.onnxruntime import rewrite, rewrite_attention, rewrite_codes
+from paretoc.backends.onnxruntime.rewrite_attention import (
+    AddedMask,
     GroupedHeads,
     HeadsInside,
-    PaddedConvolution,
-    ResidualSum,
-    RootMeanSquareNorm,
+    JointAttention,
     Rotary,
     RotaryInside,
+    VisibleRows,
+)
+from paretoc.backends.onnxruntime.rewrite_codes import (
+    EmptyPad,
+    PaddedConvolution,
     SaturatedClip,
     ScaledCodes,
     SignedFactor,
     SignedKeys,
-    VisibleRows,
 )
+from paretoc.backends.onnxruntime.rewrite_norms import ResidualSum, RootMeanSquareNorm, SkipRootMeanSquareNorm
+from paretoc.backends.onnxruntime.rule import Target, stored
 
 B, T, HEADS, WIDTH = 2, 5, 3, 4
 CHANNELS = HEADS * WIDTH
 
 
 def _model(text: str) -> onnx.ModelProto:
-    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 23]> {text}')
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]> {text}')
     return onnx.shape_inference.infer_shapes(model)
 
 
-def _run(model: onnx.ModelProto) -> list[np.ndarray]:
+def _run(model: onnx.ModelProto, *, first_visible: bool = False) -> list[np.ndarray]:
+    """On random inputs; `first_visible`: no mask hides the first token."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
@@ -49,11 +54,17 @@ def _run(model: onnx.ModelProto) -> list[np.ndarray]:
         else generator.standard_normal([B if d == "B" else T if d == "T" else d for d in i.shape]).astype(np.float32)
         for i in session.get_inputs()
     }
+    if first_visible and "m" in feeds:
+        feeds["m"][..., 0] = True
     return session.run(None, feeds)
 
 
-def _rules(rule) -> RewriteRuleSet:
-    return RewriteRuleSet([rule.rule(remove_nodes=False)], commute=True)
+#: a target on which everything may be written
+ALL = Target(contrib=True, few=("q", "k", "v"))
+
+
+def _rules(rule, target: Target = ALL) -> RewriteRuleSet:
+    return RewriteRuleSet([rule.rule(target)], commute=True)
 
 
 def _applied(rule, model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
@@ -89,7 +100,21 @@ NORM = """g (float[B,T,12] a, float[B,T,12] b, float[12] scale) => (float[B,T,12
 
 def test_residual_sum_is_no_add_before_a_norm() -> None:
     operators = _equal(ResidualSum, NORM.format(operands="a, b", second="Relu(total)"))
-    assert operators == ["Sum", "LayerNormalization", "Relu"]
+    assert operators == ["Add", "Reshape", "LayerNormalization", "Relu"]
+
+
+def test_onnx_runtime_keeps_a_residual_sum_and_its_norm_apart(tmp_path) -> None:
+    """What the rule is for: without it the session has the fused operator."""
+    model = _model(NORM.format(operands="a, b", second="Relu(a)"))
+    ways = {"fused": model, "apart": _applied(ResidualSum, model)[0]}
+    found = {}
+    for name, way in ways.items():
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / name)
+        onnxruntime.InferenceSession(way.SerializeToString(), options)
+        found[name] = {node.op_type for node in onnx.load(tmp_path / name).graph.node}
+    assert "SkipLayerNormalization" in found["fused"]
+    assert found["apart"] >= {"Add", "LayerNormalization"} and "SkipLayerNormalization" not in found["apart"]
 
 
 @pytest.mark.parametrize(
@@ -102,6 +127,150 @@ def test_residual_sum_is_no_add_before_a_norm() -> None:
 )
 def test_residual_sum_refuses(text: str, reason: str) -> None:
     assert reason in _reason(ResidualSum, text)
+
+
+def _root_mean_square(operands: str = "a, b", axis: int = -1, second: str = "Relu(total)") -> str:
+    return f"""g (float[B,T,12] a, float[B,T,12] b, float[12] scale) => (float[B,T,12] y, float[B,T,12] z) {{
+    total = Add({operands})
+    y = RMSNormalization<axis={axis}, epsilon=0.5>(total, scale)
+    z = {second}
+}}"""
+
+
+@pytest.mark.parametrize("second", ["Relu(total)", "Relu(y)"], ids=["the sum is read too", "it is not"])
+def test_a_residual_sum_and_its_root_mean_square_norm_are_one(second: str) -> None:
+    operators = _equal(SkipRootMeanSquareNorm, _root_mean_square(second=second))
+    assert operators == ["SkipSimplifiedLayerNormalization", "Relu"]
+
+
+def test_another_sum_or_norm_stays_apart() -> None:
+    assert "equally shaped" in _reason(SkipRootMeanSquareNorm, _root_mean_square(operands="a, scale"))
+    assert "last axis" in _reason(SkipRootMeanSquareNorm, _root_mean_square(axis=1).replace("12] scale", "T,12] scale"))
+
+
+def test_a_norm_with_another_epsilon_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rewrite(self, op, a, b, weight, **_):
+        return [op.SkipSimplifiedLayerNormalization(a, b, weight, epsilon=0.1, _domain="com.microsoft", _outputs=4)[i]
+                for i in (0, 3)]  # fmt: skip
+
+    monkeypatch.setattr(SkipRootMeanSquareNorm, "rewrite", rewrite)
+    with pytest.raises(AssertionError):
+        _equal(SkipRootMeanSquareNorm, _root_mean_square())
+
+
+def test_standard_operators_stay_standard() -> None:
+    for text in (_root_mean_square(), _joint()):
+        model = ir.from_proto(_model(text))
+        before = [node.op_type for node in model.graph]
+        rewrite.rewrite(model, Target(contrib=False, few=ALL.few))
+        assert [node.op_type for node in model.graph if node.op_type in ("RMSNormalization", "Attention")] == [
+            op_type for op_type in before if op_type in ("RMSNormalization", "Attention")
+        ]
+
+
+def _joint(
+    mask: str = ", m", options: str = "", heads: str = "q_num_heads=3, kv_num_heads=3", shape: str = "B,1,T,T",
+    scales: tuple[str, str] = ("fine", "fine"), then: str = "Identity(q)",
+) -> str:  # fmt: skip
+    """Three products of one input in codes, and an attention on them."""
+    generator = np.random.default_rng(1)
+    lines = []
+    for name in "qkv":
+        codes = ", ".join(map(str, generator.integers(-127, 128, 144)))
+        scale, bias = (", ".join(f"{x:.4f}" for x in xs) for xs in (generator.random(12) / 30, generator.random(12)))
+        inputs = f"codes, {name}_w, {scales[name == 'k']}, {name}_s, zero, , {name}_b"
+        lines += [
+            f"    {name}_w = Constant<value=int8[12, 12] {{{codes}}}>()",
+            f"    {name}_s = Constant<value=float[12] {{{scale}}}>()",
+            f"    {name}_b = Constant<value=float[12] {{{bias}}}>()",
+            f"    {name} = com.microsoft.MatMulIntegerToFloat({inputs})",
+        ]
+    return f"""g (float[B,T,12] x, bool[{shape}] m, float[B,1,T,T] f) => (float[B,T,12] y, float[B,T,12] z) {{
+    fine = Constant<value=float {{0.02}}>()
+    coarse = Constant<value=float {{0.04}}>()
+    zero = Constant<value=uint8 {{120}}>()
+    codes = QuantizeLinear(x, fine, zero)
+{chr(10).join(lines)}
+    y = Attention<{heads}{options}>(q, k, v{mask})
+    z = {then.replace("q)", "x)") if then == "Identity(q)" else then}
+}}"""
+
+
+def _named(text: str) -> onnx.ModelProto:
+    """The products carry the names of their sites; weights are initializers, as in a lowered model."""
+    model = ir.from_proto(_model(text))
+    for node in model.graph:
+        if node.op_type == "MatMulIntegerToFloat":
+            node.name = node.outputs[0].name
+            shape = model.graph.inputs[0].shape
+            node.outputs[0].shape, node.outputs[0].type = shape, ir.TensorType(ir.DataType.FLOAT)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    return ir.to_proto(model)
+
+
+@pytest.mark.parametrize("options", ["", ", scale=0.2, is_causal=0, softcap=0.0"], ids=["its own scale", "another"])
+@pytest.mark.parametrize("mask", ["", ", m"])
+def test_an_attention_and_its_products_are_one(mask: str, options: str) -> None:
+    model = _named(_joint(mask, options))
+    rewritten, count = _applied(JointAttention, model)
+    assert count == 1
+    (joint,) = (node for node in rewritten.graph.node if node.op_type == "QAttention")
+    assert joint.name == "q + k + v"
+    assert not {"Attention", "MatMulIntegerToFloat"} & {node.op_type for node in rewritten.graph.node}
+    for was, now in zip(_run(model, first_visible=True), _run(rewritten, first_visible=True), strict=True):
+        np.testing.assert_allclose(now, was, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (_joint(options=", is_causal=1"), "causal"),
+        (_joint(options=", softcap=2.0"), "bounds its scores"),
+        (_joint(heads="q_num_heads=3, kv_num_heads=1"), "share a key"),
+        (_joint(mask=", f"), "not a truth value"),
+        (_joint(shape="1,1,T,T"), "for each pair of tokens of each text"),
+        (_joint(scales=("fine", "coarse")), "several ranges"),
+        (_joint(then="Relu(k)"), "something else reads"),
+    ],
+    ids=["causal", "softcap", "grouped", "added mask", "one mask", "two ranges", "keys read"],
+)
+def test_another_attention_stays_behind_its_products(text: str, reason: str) -> None:
+    model, tracer = ir.from_proto(_named(text)), MatchingTracer()
+    assert _rules(JointAttention).apply_to_model(model, tracer=tracer) == 0
+    assert reason in "; ".join(m.match_result.reason for found in tracer.best_matches_map.values() for m in found)
+
+
+def test_products_of_many_rows_stay() -> None:
+    model, tracer = ir.from_proto(_named(_joint())), MatchingTracer()
+    assert _rules(JointAttention, Target(contrib=True, few=("q", "k"))).apply_to_model(model, tracer=tracer) == 0
+    assert "many rows" in "; ".join(m.match_result.reason for f in tracer.best_matches_map.values() for m in f)
+
+
+def test_a_scale_of_every_head_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scale belongs to the queries alone."""
+    monkeypatch.setattr(rewrite_attention, "sqrt", lambda x: 2 * x**0.5)
+    model = _named(_joint(options=", scale=0.2"))
+    now, was = _run(_applied(JointAttention, model)[0], first_visible=True), _run(model, first_visible=True)
+    assert not np.allclose(now[0], was[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_of_truth_values_is_added() -> None:
+    text = _attention(mask=", m", extra=", is_causal=1")
+    assert _equal(AddedMask, text).count("Where") == 1
+    model = _model(text)
+    rewritten, _ = _applied(AddedMask, model)
+    assert np.array_equal(*(_run(m)[0] for m in (model, rewritten)))
+
+
+def test_a_mask_that_is_added_stays() -> None:
+    text = _attention(mask=", m").replace("bool[B,1,T,T] m", "float[B,1,T,T] m")
+    assert "added already" in _reason(AddedMask, text)
+
+
+def test_a_mask_turned_round_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrite_attention, "stored", lambda op, name, value: stored(op, name, -value - np.float32(1)))
+    with pytest.raises(AssertionError):
+        _equal(AddedMask, _attention(mask=", m"))
 
 
 def _attention(split: str = "0, 0, 3, 4", mask: str = "", joined: str = "0, 0, 12", extra: str = "") -> str:
@@ -312,7 +481,7 @@ def test_rows_that_may_be_hidden_whole_are_left_alone(text: str, reason: str) ->
 
 
 def test_a_mask_taken_for_finite_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrite, "_number", lambda value: 0.0)
+    monkeypatch.setattr(rewrite_attention, "number_of", lambda value: 0.0)
     with pytest.raises(AssertionError):
         _equal(VisibleRows, _masked("Xor(m, m)", hidden="-inf"))
 
@@ -369,7 +538,7 @@ def test_a_padded_convolution_is_left_alone(options: dict[str, Any], reason: str
 
 
 def test_pads_on_the_wrong_side_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrite, "_numbers", lambda value: [0, 0, 2, 1, 0, 0, 1, 0])
+    monkeypatch.setattr(rewrite_codes, "numbers_of", lambda value: [0, 0, 2, 1, 0, 0, 1, 0])
     with pytest.raises(AssertionError):
         _equal(PaddedConvolution, _padded())
 
@@ -391,7 +560,7 @@ def test_a_pad_stays() -> None:
 
 
 def test_a_pad_taken_for_none_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrite, "_numbers", lambda value: [0.0, 0.0, 0.0, 0.0])
+    monkeypatch.setattr(rewrite_codes, "numbers_of", lambda value: [0.0, 0.0, 0.0, 0.0])
     with pytest.raises(AssertionError):
         _equal(EmptyPad, _pad("0, 0, 0, 1"))
 
@@ -465,7 +634,7 @@ def test_other_codes_stay(rule, second: str) -> None:
 @pytest.mark.parametrize(("rule", "second"), SIGNED)
 def test_a_zero_that_did_not_move_is_caught(rule, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = np.array(0, dtype=np.int8)
-    monkeypatch.setattr(rewrite.Signed, "middle", lambda self, op, product, zero: rewrite._stored(op, "z", wrong))
+    monkeypatch.setattr(rewrite_codes.Signed, "middle", lambda self, op, product, zero: stored(op, "z", wrong))
     with pytest.raises(AssertionError):
         _equal(rule, _product(second, "uint8 {255}"))
 
@@ -506,8 +675,7 @@ def test_a_scaled_product_keeps_the_name_of_its_site() -> None:
 
 
 def test_a_number_left_out_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = rewrite._stored
-    monkeypatch.setattr(rewrite, "_stored", lambda op, name, value: stored(op, name, value / np.float32(0.3)))
+    monkeypatch.setattr(rewrite_codes, "stored", lambda op, name, value: stored(op, name, value / np.float32(0.3)))
     with pytest.raises(AssertionError):
         _equal(ScaledCodes, _product())
 
