@@ -123,6 +123,12 @@ def channel_multiple(backend: Backend) -> int:
     return int(getattr(backend, "channel_multiple", 8))
 
 
+def prepares(backend: Backend) -> tuple[str, ...]:
+    """Names of passes that change nothing by themselves and make a model faster on a backend: its `prepares`. They run
+    before weights are rounded."""
+    return tuple(getattr(backend, "prepares", ()))
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Per site: encoding, kernel, accelerated, milliseconds."""

@@ -14,7 +14,7 @@ import torch
 
 from . import schedule, verify
 from .artifact import Member, member_name, save_artifact, save_members
-from .backend import Executable, Explanation, Sharing
+from .backend import Backend, Executable, Explanation, Sharing, prepares
 from .calibrate import FlatBatch, gather, read_batches
 from .capture import Model, as_call, capture
 from .cost import Cost, cost
@@ -256,12 +256,18 @@ def _compile(model: Any, passes: list[Pass], options: Options, example: Any) -> 
         torch.manual_seed(options.seed)
         original = capture(model, example, options.dynamic_shapes)
         batches, data = _batches(original, options)
+        backend = registry().backend(options.target)
         program, records, reference = original.clone(), [], None
-        for step in _with_canonicalize(passes):
+        for step, wanted in _prepared(_with_canonicalize(passes), backend):
             before = program
             if step.phase is Phase.QUANTIZE and reference is None:
                 reference = before
-            program, result = _apply(step, program, batches, options, progress, reference)
+            try:
+                program, result = _apply(step, program, batches, options, progress, reference)
+            except PassError:
+                if wanted:
+                    raise
+                continue
             if options.verify:
                 verify.check(before, program, step.name)
             where = f"pass {step.name!r}"
@@ -269,7 +275,7 @@ def _compile(model: Any, passes: list[Pass], options: Options, example: Any) -> 
                 verify.measure(original, program, batches[:_FIDELITY_BATCHES], data, where) if options.verify else None
             )
             records.append(PassRecord(step.name, step.describe(), step.options(), result, cost(program), distance))
-        executable = registry().backend(options.target).lower(program, {"seed": options.seed})
+        executable = backend.lower(program, {"seed": options.seed})
     last = records[-1].fidelity if records else None
     return Compilation(original, program, records, executable, batches, data, options, last)
 
@@ -280,6 +286,20 @@ def _with_canonicalize(passes: list[Pass]) -> list[Pass]:
         return passes
     combining = [p for p in passes if p.phase < Phase.CANONICALIZE]
     return [*combining, registry().pass_class("canonicalize")(), *(p for p in passes if p not in combining)]
+
+
+def _prepared(passes: list[Pass], backend: Backend) -> list[tuple[Pass, bool]]:
+    """The passes, and whether the user wants each. Before weights are rounded come those that the backend's kernels
+    like and that change nothing by themselves, where they apply and conflict with nothing."""
+    place = next((i for i, p in enumerate(passes) if p.phase >= Phase.TRANSFORM), len(passes))
+    steps = [(p, True) for p in passes]
+    if not any(p.phase is Phase.QUANTIZE for p in passes):
+        return steps
+    for name in prepares(backend):
+        added = registry().pass_class(name)()
+        clear = not any(p.name == name or name in p.conflicts or p.name in added.conflicts for p in passes)
+        steps[place:place] = [(added, False)] if clear else []
+    return steps
 
 
 def _batches(program: Program, options: Options) -> tuple[list[FlatBatch], str]:

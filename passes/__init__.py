@@ -7,6 +7,7 @@ from ..compiler.importance import Activation, Criterion, Magnitude, Obs, Random,
 from ..compiler.passes import Pass
 from ..compiler.protocols import Fitter, TokenRule
 from .canonicalize import Canonicalize
+from .center_stream import CenterStream
 from .correct_bias import CorrectBias
 from .fit import AdaRound, AdditiveFit, Awq, Gptq, Hqq, KMeans, LowRankFit, Mse, Rtn
 from .low_rank import Factorize
@@ -24,6 +25,7 @@ from .token_rules import Keep, Merge
 
 __all__ = [
     "Canonicalize",
+    "CenterStream",
     "CorrectBias",
     "Factorize",
     "MergeModels",
@@ -45,7 +47,7 @@ __all__ = [
 def paretoc_passes() -> list[type[Pass]]:
     return [
         *(Canonicalize, MergeModels, PruneNM, PruneWidth, Rotate, Smooth, Quantize, QuantizeCache, CorrectBias),
-        *(PruneDepth, Factorize, Reconstruct, ReduceTokens, MergeTokens, PruneTokens),
+        *(CenterStream, PruneDepth, Factorize, Reconstruct, ReduceTokens, MergeTokens, PruneTokens),
     ]
 
 

@@ -8,21 +8,22 @@ quantise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from ..compiler.axes import Axis, Pin, Use, find_axes
+from ..compiler.axes import Axis, Pin, Use
 from ..compiler.axis_moves import rotate
 from ..compiler.errors import OptionError, PassError
-from ..compiler.norms import Norm, norms, rms_norm
+from ..compiler.norms import Norm, rms_norm
 from ..compiler.orthogonal import factors, has_hadamard, rotation
 from ..compiler.passes import Context, Pass, PassResult, Phase
 from ..compiler.program import Program, describe, operands, shape_of
 from ..compiler.sites import LINEAR, MATMUL, SDPA, weight_sites
+from ..compiler.streams import Streams, fold_bias, linear
 from ..compiler.weights import Operand, WeightEdits
 
 aten = torch.ops.aten
@@ -115,74 +116,22 @@ class Rotate(Pass):
         return streams
 
 
-class _Axes:
-    """The axes that norms read and make. `streams`: those that norms read as a whole; `broken`: norms that read a value
-    of another kind, and what that is; `parts`: the axes in these values."""
-
-    def __init__(self, program: Program) -> None:
-        self.program, self.axes, self.norms = program, find_axes(program, "rotate"), norms(program)
-        self.outputs = {norm: self._whole(norm.output) for norm in self.norms}
-        self.streams: dict[Axis, list[Norm]] = {}
-        self.broken: dict[Norm, Pin] = {}
-        self.parts: dict[Axis, Pin] = {}
-        for norm in self.norms:
-            if axis := self._whole(norm.input):
-                self.streams.setdefault(axis, []).append(norm)
-            else:
-                self.broken[norm] = self._torn(norm.input)
-                self.parts |= dict.fromkeys(self.axes.at(norm.input, -1), self.broken[norm])
-
-    def _whole(self, value: fx.Node) -> Axis | None:
-        """The axis that is the last dimension of a value."""
-        held = self.axes.at(value, -1)
-        return held[0] if len(held) == 1 and held[0].size == shape_of(value)[-1] else None
-
-    def _torn(self, value: fx.Node) -> Pin:
-        return self.axes.why(value, -1, "fold") or Pin("not all of its channels may be mixed with one another", value)
+class _Axes(Streams):
+    """Which axes of a program can be rotated."""
 
     def forbidden(self, axis: Axis, read: list[Norm]) -> Pin | None:
-        """What forbids to rotate a stream, if anything does."""
-        if pin := axis.why("fold") or self.parts.get(axis):
-            return pin
-        source = next((norm for norm, output in self.outputs.items() if output is axis and not norm.plain), None)
-        if source is not None:
-            return Pin("the weights of a norm act on what is added to it (post-norm)", source.output)
+        """One norm of a stream, usually the last one whose output the model returns, may keep its weights: it is given
+        the stream rotated back."""
         kept = [pin for norm in read if (pin := self.kept(norm))]
-        if len(kept) > 1 or len(kept) == len(read):
-            return kept[0]
-        for norm in read:
-            if norm.centred != read[0].centred:
-                return Pin("some of its norms subtract the mean, and this one differs", norm.output)
-            if norm.input.meta["val"].dtype != norm.output.meta["val"].dtype:
-                return Pin("its norm changes the dtype", norm.output)
-        raw = next((use.operand.node for use in axis.uses if use.sums), None)
-        if read[0].centred and raw is not None:
-            return Pin("this reads it without a norm that subtracts the mean", raw)
-        return None
-
-    def kept(self, norm: Norm) -> Pin | None:
-        """Why the weights of a norm cannot go into the layers behind it, if so. One such norm of a stream, usually the
-        last one whose output the model returns, can be given the stream rotated back."""
-        output = self.outputs[norm]
-        if norm.plain:
-            return None
-        if output is None:
-            return self._torn(norm.output)
-        others = [use for use in output.uses if not use.sums and use.operand not in (norm.weight, norm.bias)]
-        if others or output in self.streams:
-            return Pin("other values are added to what this norm scales (post-norm)", norm.output)
-        if pin := output.why("fold") or self.parts.get(output):
+        if pin := super().forbidden(axis, read):
             return pin
-        if norm.bias is None or norm.bias.source is None:
-            return None
-        other = next((use.operand.node for use in output.sums if not _linear(use)), None)
-        return output.why("offset") if other is None else Pin("no bias of this can take up the bias of its norm", other)
+        return kept[0] if len(kept) > 1 or len(kept) == len(read) else None
 
     def heads(self) -> list[Axis]:
         """The widths of attention heads that linear layers make and read, and nothing else."""
         given = [(n, _VALUES[n.target]) for n in self.program.graph.nodes if n.target in _VALUES]
         values = [axis for node, index in given for axis in self.axes.at(operands(node)[index], -1)]
-        return [a for a in dict.fromkeys(values) if a.free("rotate") and a.sums and all(map(_linear, a.uses))]
+        return [a for a in dict.fromkeys(values) if a.free("rotate") and a.sums and all(map(linear, a.uses))]
 
     def downs(self, turned: set[fx.Node]) -> list[fx.Node]:
         """The linears that close a branch and whose input no folded rotation reaches."""
@@ -195,10 +144,6 @@ class _Axes:
         closing = dict.fromkeys(u.operand.node for a in read for u in a.uses if not u.sums and u.operand.index == 1)
         linears = [n for n in closing if n.target in LINEAR and n.args[0] in behind and n not in turned]
         return [n for n in linears if self.program.encoding(operands(n)[1]) is None]
-
-
-def _linear(use: Use) -> bool:
-    return use.operand.index > 0 and use.operand.node.target in LINEAR
 
 
 class _Turn:
@@ -230,17 +175,15 @@ class _Turn:
                 self._fold(norm, output.sums)
                 rotate(self.edits, output.sums, matrix)
 
-    def _fold(self, norm: Norm, readers: Iterable[Use]) -> None:
+    def _fold(self, norm: Norm, readers: Sequence[Use]) -> None:
         """W·(γ∘n + β) + b = (W·diag γ)·n + (b + W·β)."""
+        fold_bias(self.edits, norm, readers)
+        if norm.weight is None or norm.weight.source is None:
+            return
         for use in readers:
             held, weight = use.channels >= 0, self.edits[use.operand].movedim(use.dim, -1).clone()
-            if norm.bias is not None and norm.bias.source is not None:
-                bias = Operand(use.operand.node, 2, "bias")
-                shift = weight[:, held] @ self.edits[norm.bias][use.channels[held]]
-                self.edits[bias] = self.edits[bias] + shift if bias in self.edits else shift
-            if norm.weight is not None and norm.weight.source is not None:
-                weight[..., held] *= self.edits[norm.weight][use.channels[held]]
-                self.edits[use.operand] = weight.movedim(-1, use.dim)
+            weight[..., held] *= self.edits[norm.weight][use.channels[held]]
+            self.edits[use.operand] = weight.movedim(-1, use.dim)
 
     def online(self, node: fx.Node) -> None:
         """x → x·(A ⊗ B): with x seen as a matrix X `[a, b]`, Aᵀ·X·B."""

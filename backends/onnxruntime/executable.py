@@ -25,6 +25,7 @@ from ...compiler.inline import inline_decode
 from ...compiler.patches import linear_patches
 from ...compiler.program import Program, argument, example_shape, operands
 from ...compiler.sites import Site, weight_sites
+from ...compiler.streams import center
 from ...compiler.sums import split_sums
 from .cache import CachedDecoder, row_by_row, share_cache
 from .denormals import FLUSHED, flushed
@@ -62,8 +63,10 @@ class OnnxExecutable:
     def from_program(cls, program: Program, *, target: str, options: Mapping[str, Any]) -> OnnxExecutable:
         program = program.clone()
         linear_patches(program)
+        if target == "onnxruntime":
+            center(program, untie=False)
         found = weight_sites(program)
-        rows = {s.path: prod(example_shape(s.node)[:-1]) for s in found if s.kind == "linear"}
+        rows = {s.path: prod(example_shape(s.node)[:-1]) // program.repeats for s in found if s.kind == "linear"}
         sites = [_placed(program, s) for s in found]
         beside = split_sums(program)
         encodings = [program.encoding(n) for n in program.calls(torch.ops.paretoc.decode.default)]

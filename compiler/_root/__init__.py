@@ -90,6 +90,7 @@ _PUBLIC = {
 #: pass classes, from the package of built-in passes
 _PASSES = (
     "Canonicalize",
+    "CenterStream",
     "CorrectBias",
     "Factorize",
     "MergeModels",
@@ -185,6 +186,7 @@ if TYPE_CHECKING:
     from paretoc.compiler.statistics import Statistic as Statistic
     from paretoc.compiler.statistics import WeightedHessian as WeightedHessian
     from paretoc.passes import Canonicalize as Canonicalize
+    from paretoc.passes import CenterStream as CenterStream
     from paretoc.passes import CorrectBias as CorrectBias
     from paretoc.passes import Factorize as Factorize
     from paretoc.passes import MergeModels as MergeModels

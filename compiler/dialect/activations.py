@@ -56,7 +56,7 @@ CODES = (*INTEGERS, *UNSIGNED, *FLOATS)
 
 
 def group_of(granularity: str) -> int:
-    """"group32" → 32; 0 for other granularities."""
+    """ "group32" → 32; 0 for other granularities."""
     return int(granularity.removeprefix("group")) if granularity.startswith("group") else 0
 
 

@@ -685,7 +685,7 @@ def test_an_attention_on_codes_is_the_eager_one(models, tmp_path) -> None:
     model, call = models.hugging_face("ViTForImageClassification", num_hidden_layers=1), models.images()
     options = {"example_inputs": call, "calibration": [call], "verify": False}
     ours, eager = (
-        pc.compile(model, ["quantize:W8A8,attention=true"], target=target, **options)
+        pc.compile(model, ["center_stream", "quantize:W8A8,attention=true"], target=target, **options)
         for target in ("onnxruntime", "eager")
     )
     torch.testing.assert_close(ours(**call).logits, eager(**call).logits, rtol=1e-4, atol=1e-4)
