@@ -129,7 +129,7 @@ def _is(node: Any, *targets: Any) -> bool:
 def rms_norm(program: Program, norm: Norm, weight: Operand | None = None) -> fx.Node:
     """Put `aten.rms_norm` in the place of a norm, with what stands at `weight` or without one; returns the new node."""
     with program.graph.inserting_before(norm.output):
-        arguments = (norm.input, [norm.channels], weight and weight.source, norm.eps)
+        arguments = (norm.input, [norm.channels], None if weight is None else weight.source, norm.eps)
         node = program.graph.call_function(aten.rms_norm.default, arguments)
     node.meta = dict(norm.output.meta)
     norm.output.replace_all_uses_with(node)

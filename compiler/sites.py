@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import dialect  # noqa: F401  # registers the operator named below
+from .dialect.activations import ROUNDING
 from .program import Program, argument, describe, module_class, module_path, operands, shape_of
 from .statistics import Window
 
@@ -210,7 +210,7 @@ def _open_attention(softmax: fx.Node) -> AttentionSite | None:
     while len(users := _real_users(out)) == 1 and out.target not in MATMUL:
         out = users[0]
         copies = (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.view.default, aten.reshape.default)
-        if out.target not in (*MATMUL, *copies, torch.ops.paretoc.fake_quantize.default):
+        if out.target not in (*MATMUL, *copies, *ROUNDING):
             return None
     if not isinstance(logits, fx.Node) or out.target not in MATMUL:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,6 +200,41 @@ class WeightedHessian(Hessian):
         return super().rows(values[0]) * values[1].detach().float().sqrt().reshape(1, -1, 1)
 
 
+def attention_shares(
+    query: Tensor, key: Tensor, mask: Tensor | None = None, *, scale: float, causal: bool
+) -> Iterator[Tensor]:
+    """softmax(q·kᵀ·scale + mask) of each sequence, float32 `[H, T, S]`: all of a batch may take more memory than its
+    activations. q `[B, H, T, D]`, k `[B, H or fewer, S, D]`; a query that may attend to nothing gives nothing."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)  # grouped queries share a key
+    masks = [] if mask is None else [mask.broadcast_to(*query.shape[:-1], key.shape[-2])]
+    for one, other, *allowed in zip(query.float(), key.float(), *masks, strict=True):
+        logits = one @ other.mT * scale
+        for shown in allowed:
+            logits = logits.masked_fill(~shown, -torch.inf) if shown.dtype == torch.bool else logits + shown
+        if causal:
+            logits = logits.masked_fill(torch.ones(logits.shape[1:], dtype=torch.bool).triu(1), -torch.inf)
+        yield logits.softmax(-1).nan_to_num()
+
+
+@dataclass(frozen=True)
+class SharesHistogram(Histogram):
+    """The histogram of what an attention gives each key: of `attention_shares`, whose queries are `node`."""
+
+    key: str = ""
+    mask: str | None = None
+    scale: float = 1.0
+    causal: bool = False
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        return (self.node, self.key, *([self.mask] if self.mask else []))
+
+    def update(self, state: Any, *values: Tensor) -> Any:
+        for shares in attention_shares(*values, scale=self.scale, causal=self.causal):
+            state = super().update(state, shares)
+        return state
+
+
 @dataclass(frozen=True)
 class AttentionReceived(Derived):
     """How much attention each token receives from all queries of all heads, float32 `[B, T]`.
@@ -220,28 +255,14 @@ class AttentionReceived(Derived):
         return (self.query, self.key, *([self.mask] if self.mask else []))
 
     def compute(self, *values: Tensor) -> Tensor:
-        query, key, *masks = values
-        heads = query.shape[1] // key.shape[1]  # grouped queries share a key
-        key = key.repeat_interleave(heads, 1)
-        allowed = [m.broadcast_to(*query.shape[:-1], key.shape[-2]) for m in masks]
-        # a sequence at a time: the probabilities of a batch may take more memory than its activations
-        received = torch.stack([self._received(*one) for one in zip(query.float(), key.float(), *allowed, strict=True)])
+        shares = attention_shares(*values, scale=self.scale, causal=self.causal)
+        received = torch.stack([share.sum((0, 1)) for share in shares])
         low, high = received.aminmax(dim=-1, keepdim=True)
         # a spread below a thousandth is rounding: it is not stretched
         spread = torch.maximum(high - low, high / 1000).clamp(min=torch.finfo(received.dtype).tiny)
         share = (received - low) / spread
         importance = self.least + (1 - self.least) * share
         return importance / importance.mean(-1, keepdim=True)
-
-    def _received(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
-        """q `[H, T, D]`, k `[H, S, D]` → Σ softmax over heads and queries `[S]`."""
-        logits = query @ key.mT * self.scale
-        if mask is not None:
-            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-        if self.causal:
-            logits = logits.masked_fill(torch.ones(logits.shape[1:], dtype=torch.bool).triu(1), -torch.inf)
-        # a query that may attend to nothing (padding) gives nothing
-        return logits.softmax(-1).nan_to_num().sum((0, 1))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import dialect  # noqa: F401  # registers the operators named below
+from .dialect.activations import ROUNDING
 from .errors import PassError
 from .program import Program, argument, describe, operands
 from .protocols import TokenRule, TokenState
@@ -29,7 +29,7 @@ _POINTWISE = {
     *(aten.hardswish.default, aten.relu6.default, aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.exp.default),
     *(aten.clone.default, aten.to.dtype, aten._to_copy.default, aten.dropout.default, aten.neg.default),
     *(aten.erf.default, aten.leaky_relu.default, aten.contiguous.default, aten.alias.default),
-    *(torch.ops.paretoc.fake_quantize.default, torch.ops.paretoc.fake_quantize_dynamic.default),
+    *ROUNDING,
 }
 _PER_ROW = {aten.linear.default, aten.layer_norm.default, aten.rms_norm.default}
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}

@@ -2,7 +2,8 @@
 
 Inputs of layers, one quantiser for everything that reads them; with static ranges also the residual sums that
 convolutions feed. On request also the operands of both products of an
-attention, q(Q)·q(K)ᵀ and q(P)·q(V): probabilities P lie in [0, 1], which needs no calibration.
+attention, q(Q)·q(K)ᵀ and q(P)·q(V). Where many tokens share the attention all P are small: their range is found like
+that of other activations; under ranges of tokens or groups it is [0, 1].
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor, fx
 
 from ..compiler.attention import decompose, operand_places
-from ..compiler.dialect.activations import affine_parameters
+from ..compiler.dialect.activations import ROUNDING, affine_parameters
 from ..compiler.passes import Context
 from ..compiler.program import Program, operands, shape_of
 from ..compiler.sites import ADD, AttentionSite, Site
-from ..compiler.statistics import Histogram, Statistic
+from ..compiler.statistics import Histogram, SharesHistogram, Statistic
 from .ranges import parse_range
 
 _PROBABILITIES = torch.tensor([0.0, 1.0])
@@ -40,6 +41,11 @@ class Activations:
     def needs(self, sources: Sequence[fx.Node]) -> list[Statistic]:
         """What calibration has to find out about the values to round."""
         return [Histogram(source.name) for source in sources] if self.mode == "static" else []
+
+    def attention_needs(self, sites: Sequence[AttentionSite]) -> list[Statistic]:
+        """What calibration has to find out about the operands of attentions."""
+        operands_ = [x for site in sites for x in (site.query, site.key, site.value)]
+        return [*self.needs(operands_), *(_shares(site) for site in sites if self.mode == "static")]
 
     def residuals(self, program: Program, sites: Sequence[Site]) -> list[tuple[fx.Node, int]]:
         """(sum, operand) where static ranges round the operands of a residual sum too: those that a convolution of
@@ -72,19 +78,38 @@ class Activations:
     def round_attention(self, program: Program, site: AttentionSite, ctx: Context) -> str:
         """Round queries, keys, values and probabilities; returns why that is not possible, or nothing. A fused
         attention is taken apart: call `program.refresh()` behind the last one."""
-        if operands(site.node)[0].target is torch.ops.paretoc.fake_quantize.default:
+        if operands(site.node)[0].target in ROUNDING:
             return "its products are quantised already"
         for reader, index in operand_places(site):
             reader.update_arg(index, self._quantizer(program, operands(reader)[index], reader, ctx))
         product = decompose(program, site) if site.fused else site.node
-        product.update_arg(0, _static(program, operands(product)[0], product, _PROBABILITIES))
+        product.update_arg(0, self._rounded_shares(program, site, product, ctx))
         return ""
+
+    def _rounded_shares(self, program: Program, site: AttentionSite, product: fx.Node, ctx: Context) -> fx.Node:
+        """The probabilities, behind what rounds them."""
+        source = operands(product)[0]
+        if self.mode == "dynamic" and self.granularity == "tensor":
+            return self._quantizer(program, source, product, ctx)
+        bounds = self._range(_shares(site), ctx) if self.mode == "static" else _PROBABILITIES
+        return _static(program, source, product, bounds)
 
     def _quantizer(self, program: Program, source: fx.Node, reader: fx.Node, ctx: Context) -> fx.Node:
         if self.mode == "dynamic":
             granularity = f"group{self.group}" if self.granularity == "group" else self.granularity
             return dynamic(program, source, reader, granularity, self.code)
-        return _static(program, source, reader, parse_range(self.range)(*ctx.statistic(Histogram(source.name))))
+        return _static(program, source, reader, self._range(Histogram(source.name), ctx))
+
+    def _range(self, histogram: Histogram, ctx: Context) -> Tensor:
+        return parse_range(self.range)(*ctx.statistic(histogram))
+
+
+def _shares(site: AttentionSite) -> Histogram:
+    """Of the probabilities of an attention: they are a value of the graph where it is not fused."""
+    if site.softmax is not None:
+        return Histogram(site.softmax.name)
+    mask = None if site.mask is None else site.mask.name
+    return SharesHistogram(site.query.name, key=site.key.name, mask=mask, scale=site.scale, causal=site.causal)
 
 
 def dynamic(program: Program, source: fx.Node, reader: fx.Node, granularity: str, code: str) -> fx.Node:

@@ -212,9 +212,9 @@ class Quantize(EncodePass):
         if self.activations is None:
             return []
         sites = [s for s in self.sites(program) if s.kind != "embedding"]
-        read = [x for a in self._attentions(sites) for x in (a.query, a.key, a.value)]
-        read += [operands(node)[index] for node, index in self._residuals(program, sites)]
-        return self.activations.needs([*(s.input for s in sites), *read])
+        read = [operands(node)[index] for node, index in self._residuals(program, sites)]
+        attended = self.activations.attention_needs(self._attentions(sites))
+        return [*self.activations.needs([*(s.input for s in sites), *read]), *attended]
 
     def _residuals(self, program: Program, sites: Sequence[Site]) -> list[tuple[fx.Node, int]]:
         """What is rounded although no site reads it: nothing, where sites may be given back."""

@@ -244,6 +244,8 @@ def census(compiled: pc.CompiledModel, folder: Path) -> tuple[int, int, int]:
             known.update(node.output)
         elif node.op_type in INTEGER:
             integers += 1
+        elif node.op_type == "QAttention":
+            integers += len(node.name.split(JOINT))
         elif node.op_type == "MatMulNBits":
             packed += len(node.name.split(JOINT))
         elif node.op_type in FLOAT and node.input[1] in known:

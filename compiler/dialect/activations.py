@@ -105,3 +105,7 @@ def _(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
 def _(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     """Straight through: nothing is clipped."""
     return gradient, None, None
+
+
+#: the operators above: what rounds a value and keeps its shape
+ROUNDING = (torch.ops.paretoc.fake_quantize.default, torch.ops.paretoc.fake_quantize_dynamic.default)

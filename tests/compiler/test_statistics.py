@@ -18,6 +18,7 @@ from paretoc.compiler.statistics import (
     Hessian,
     Histogram,
     Sample,
+    SharesHistogram,
     Statistic,
     WeightedHessian,
     Window,
@@ -189,3 +190,25 @@ def test_before_the_first_attention_there_is_none(models):
     assert of["embed"] is None
     assert of["head"].node is of["blocks.0.attention.qkv"].node is of["blocks.0.mlp.down"].node
     assert attention_of(weight_sites(pc.capture(models.Mlp(), torch.randn(2, 16)))[0]) is None
+
+
+@pytest.mark.parametrize("case", ["plain", "causal", "grouped keys", "boolean mask", "added mask"])
+def test_the_histogram_of_an_attention_is_that_of_its_probabilities(case):
+    """Of those that PyTorch makes, a batch at a time."""
+    q, k = torch.randn(3, 4, 6, 8), torch.randn(3, 2 if case == "grouped keys" else 4, 6, 8)
+    shown = torch.rand(3, 1, 6, 6) < 0.7
+    shown[..., 0] = True
+    mask = {"boolean mask": shown, "added mask": torch.where(shown, 0.0, -1.5)}.get(case)
+    statistic = SharesHistogram("q", key="k", mask=None if mask is None else "m", scale=0.5, causal=case == "causal")
+    assert statistic.nodes == (("q", "k") if mask is None else ("q", "k", "m"))
+    logits = q @ k.repeat_interleave(4 // k.shape[1], 1).mT * 0.5
+    if mask is not None:
+        logits = logits + (torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask)
+    if case == "causal":
+        logits = logits + torch.full((6, 6), -torch.inf).triu(1)
+    values = (q, k) if mask is None else (q, k, mask)
+    parts = [tuple(v[i : i + 1] if v.shape[0] == 3 else v for v in values) for i in range(3)]
+    counts, edges = reduced(statistic, *parts)
+    expected, borders = reduced(Histogram("p"), (logits.softmax(-1),))
+    torch.testing.assert_close(edges, borders, rtol=1e-5, atol=1e-7)
+    assert int(counts.sum()) == int(expected.sum()) and float((counts - expected).abs().sum()) <= 4
