@@ -120,8 +120,8 @@ def center(program: Program, *, untie: bool = True) -> Centred:
         result.left |= {norm: why for norm, why in kept.items() if why is not None}
         freed = [norm for norm, why in kept.items() if why is None]
         writers = [use for use in axis.uses if not use.sums]
-        if fixed := _fixed(program, writers, untie):
-            result.left |= dict.fromkeys(freed, fixed)
+        if (tied := _shared(writers)) and not untie:
+            result.left |= dict.fromkeys(freed, tied)
         elif freed:
             rotate(edits, writers, torch.eye(axis.size, dtype=torch.float64) - 1 / axis.size)
             for norm in freed:
@@ -140,12 +140,7 @@ def _readers(found: Streams, norm: Norm) -> list[Use]:
     return output.sums if output is not None else []
 
 
-def _fixed(program: Program, writers: Sequence[Use], untie: bool) -> Pin | None:
-    """Which weight cannot do without its mean: what is stored under an encoding would have to be rounded anew."""
-    for operand in (use.operand for use in writers):
-        encoding = None if operand.source is None else program.encoding(operand.source)
-        if encoding is not None:
-            return Pin(f"its {operand.leaf} is already stored as {encoding}", operand.node)
-        if not untie and operand.index >= 0 and operand.shared():
-            return Pin(f"its {operand.leaf} is shared", operand.node)
-    return None
+def _shared(writers: Sequence[Use]) -> Pin | None:
+    """Which weight would need a tensor of its own."""
+    tied = next((use.operand for use in writers if use.operand.index >= 0 and use.operand.shared()), None)
+    return None if tied is None else Pin(f"its {tied.leaf} is shared", tied.node)
