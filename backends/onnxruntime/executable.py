@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -34,6 +35,7 @@ from .kernels import Placed, explain_session, predicted_rows
 from .lower import Lowering, required_opset
 from .nearest import nearest_fast
 from .optimise import optimise
+from .parts import Parts, parts_of, rows_at_once, rows_of
 from .rule import Target
 from .speeds import MARGIN, load_speeds
 from .stored import EXTERNAL_BYTES, WEIGHTS, nbytes, write
@@ -66,7 +68,8 @@ class OnnxExecutable:
         if target == "onnxruntime":
             center(program, untie=False)
         found = weight_sites(program)
-        rows = {s.path: prod(example_shape(s.node)[:-1]) // program.repeats for s in found if s.kind == "linear"}
+        parts = parts_of(program, found)
+        rows = {s.path: rows_at_once(parts, program, rows_of(s)) for s in found if s.kind == "linear"}
         sites = [_placed(program, s) for s in found]
         beside = split_sums(program)
         encodings = [program.encoding(n) for n in program.calls(torch.ops.paretoc.decode.default)]
@@ -79,7 +82,8 @@ class OnnxExecutable:
         model = translate(program, opset)
         lowering = Lowering(model, target, rows, load_speeds())
         lowering.run()
-        few = {path for path, count in rows.items() if count <= lowering.speeds.joint_rows}
+        shared_run = parts is None or len(parts.cut(program.users_example(), torch.get_num_threads())) == 1
+        few = {path for path, count in rows.items() if shared_run and count <= lowering.speeds.joint_rows}
         optimise(model, [*beside, *traced], Target(lowering.contrib, few))
         settings: dict[str, Any] = {
             "config": CONFIG,
@@ -90,6 +94,7 @@ class OnnxExecutable:
             ],
             "outputs": program.interface.output_names(),
             "shared_cache": shared,
+            "parts": None if parts is None else asdict(parts),
         }
         executable = cls(model, settings, target, example=list(program.example))
         executable._check()
@@ -147,10 +152,37 @@ class OnnxExecutable:
             ) from error
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors in and out share their memory with ONNX Runtime; nothing is copied on a CPU."""
-        return row_by_row(self._run, inputs) if self.settings["shared_cache"] else self._run(inputs)
+        """Tensors in and out share their memory with ONNX Runtime; nothing is copied on a CPU, but for the outputs of a
+        batch that is computed in parts."""
+        if self.settings["shared_cache"]:
+            return row_by_row(self._run, inputs)
+        parts = self._parts.cut(inputs, self._threads) if self._parts and self._threads > 1 else [inputs]
+        if len(parts) == 1:
+            return self._run(inputs)
+        found = self._workers.map(lambda part: self._run(part, self._single), parts)
+        return [torch.cat(outputs) for outputs in zip(*found, strict=True)]
 
-    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    @cached_property
+    def _parts(self) -> Parts | None:
+        kept = self.settings.get("parts")
+        return Parts(tuple(kept["inputs"]), kept["samples"], kept["least"]) if kept else None
+
+    @cached_property
+    def _threads(self) -> int:
+        return torch.get_num_threads()
+
+    @cached_property
+    def _workers(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._threads, thread_name_prefix="paretoc")
+
+    @cached_property
+    def _single(self) -> onnxruntime.InferenceSession:
+        """A session that runs on the thread that calls it."""
+        options = self.session_options()
+        options.intra_op_num_threads = 1
+        return self._start(options)
+
+    def _run(self, inputs: Sequence[Tensor], session: onnxruntime.InferenceSession | None = None) -> list[Tensor]:
         feeds = {}
         for (name, dtype, shape), tensor in zip(self.settings["inputs"], inputs, strict=True):
             if str(tensor.dtype).removeprefix("torch.") != dtype or tensor.ndim != len(shape):
@@ -161,8 +193,8 @@ class OnnxExecutable:
                     fix="convert the input, or recompile with inputs like these",
                 )
             feeds[name] = tensor.detach().cpu().contiguous().numpy()
+        session = session or self.session
         feeds = {k: v for k, v in feeds.items() if k in self._fed}
-        session = self.session
         try:
             with flushed():
                 found = session.run(self.settings["outputs"], feeds)
@@ -176,7 +208,8 @@ class OnnxExecutable:
 
     @cached_property
     def _fed(self) -> set[str]:
-        return {i.name for i in self.session.get_inputs()}
+        session = self.__dict__.get("_single") or self.session  # either has the same
+        return {i.name for i in session.get_inputs()}
 
     def decoder(self, cache: Cache, batch: int, tokens: int) -> Decoder:
         inputs, outputs = [name for name, _, _ in self.settings["inputs"]], self.settings["outputs"]

@@ -38,7 +38,8 @@ _MEASURED = {
     "StoredMatMul": (0.11, 0.2, 0.5),
     "FoldedMatMul": (1.0, 1.0, 1.0),
 }
-#: on two cores of an x86 CPU with AMX: .75 of the time at 128 and 256 rows of 384, 1.05 at 394, 1.09 at 1024
+#: on two cores of an x86 CPU with AMX: .75 of the time at 128 and 256 rows of 384, 1.05 at 394, 1.09 at 1024; on one
+#: thread it is slower
 _JOINT_ROWS = 256
 #: of the machine of the table: 10⁹ operations a second, 10⁹ bytes a second
 _PEAKS = {"int8": 890.0, "fp32": 225.0, "memory": 37.0}
@@ -59,7 +60,7 @@ class Speeds:
     peaks: Mapping[str, float] = field(default_factory=lambda: _PEAKS)
     measured: str = "two cores of an x86 CPU with AVX512-VNNI, ONNX Runtime 1.31.1"
     stated: str = ""
-    #: up to so many rows of its input QAttention is faster than three products and Attention
+    #: up to so many rows of its input QAttention is faster, on several threads, than three products and Attention
     joint_rows: int = _JOINT_ROWS
 
     def known(self, form: str) -> bool:
