@@ -69,8 +69,11 @@ class _Walk:
     def _call(self, node: fx.Node) -> Place:
         shapes = [value.shape for value in _tensors(node)]
         found = [self.places[read] for read in node.all_input_nodes]
-        if not shapes or (all(place is None for place in found) and not any(map(self.holds, shapes))):
-            return None  # a number, or a value without a batch
+        if not shapes:
+            return None  # a number
+        if all(place is None for place in found) and not any(map(self.holds, shapes)):
+            self.no_count(node)
+            return None
         tagged = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
         rule = _RULES.get(node.target) or (_aligned if tagged else None)
         if rule is None:
@@ -297,8 +300,9 @@ def _expanded(w: _Walk, node: fx.Node) -> Place:
 )
 def _filled(w: _Walk, node: fx.Node) -> Place:
     """One number or row for all samples: where the batch stands in the shape."""
+    fill = operands(node)[-1] if node.target in (aten.full.default, aten.new_full.default) else None
     held = [i for i, size in enumerate(node.meta["val"].shape) if w.holds([size])]
-    w.need(len(held) == 1, node)
+    w.need(len(held) == 1 and not (isinstance(fill, fx.Node) and w.holds([fill.meta["val"]])), node)
     return held[0]
 
 

@@ -44,8 +44,8 @@ class Activations:
 
     def attention_needs(self, sites: Sequence[AttentionSite]) -> list[Statistic]:
         """What calibration has to find out about the operands of attentions."""
-        operands_ = [x for site in sites for x in (site.query, site.key, site.value)]
-        return [*self.needs(operands_), *(_shares(site) for site in sites if self.mode == "static")]
+        read = [x for site in sites for x in (site.query, site.key, site.value)]
+        return [*self.needs(read), *(_shares(site) for site in sites if self.mode == "static")]
 
     def residuals(self, program: Program, sites: Sequence[Site]) -> list[tuple[fx.Node, int]]:
         """(sum, operand) where static ranges round the operands of a residual sum too: those that a convolution of

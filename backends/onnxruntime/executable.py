@@ -82,8 +82,8 @@ class OnnxExecutable:
         model = translate(program, opset)
         lowering = Lowering(model, target, rows, load_speeds())
         lowering.run()
-        shared_run = parts is None or len(parts.cut(program.users_example(), torch.get_num_threads())) == 1
-        few = {path for path, count in rows.items() if shared_run and count <= lowering.speeds.joint_rows}
+        whole = parts is None or len(parts.cut(program.users_example(), torch.get_num_threads())) == 1
+        few = {path for path, count in rows.items() if whole and count <= lowering.speeds.joint_rows}
         optimise(model, [*beside, *traced], Target(lowering.contrib, few))
         settings: dict[str, Any] = {
             "config": CONFIG,
@@ -159,7 +159,8 @@ class OnnxExecutable:
         parts = self._parts.cut(inputs, self._threads) if self._parts and self._threads > 1 else [inputs]
         if len(parts) == 1:
             return self._run(inputs)
-        found = self._workers.map(lambda part: self._run(part, self._single), parts)
+        single = self._single
+        found = self._workers.map(lambda part: self._run(part, single), parts)
         return [torch.cat(outputs) for outputs in zip(*found, strict=True)]
 
     @cached_property

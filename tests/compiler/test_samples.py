@@ -52,6 +52,7 @@ APART = {
     "convolution": lambda m, x: m.conv(x),
     "a mask": lambda m, x: x.masked_fill(torch.ones(6, 6).tril()[:, :1] == 0, 0.0) * torch.zeros_like(x).add(1),
     "stacked": lambda m, x: torch.stack([x, 2 * x], 1).amax(2),
+    "ones": lambda m, x: x * torch.full((x.shape[0], 1, 8), 2.0),
     "all rows": lambda m, x: x[: x.shape[0]] * 2,
 }
 MIXED = {
@@ -59,6 +60,8 @@ MIXED = {
     "mean of all": lambda m, x: x / x.abs().mean(),
     "softmax": lambda m, x: x.softmax(0),
     "count": lambda m, x: x * x.shape[0],
+    "count as a tensor": lambda m, x: x * torch.full((), x.shape[0]),
+    "count as rows": lambda m, x: x * torch.full((x.shape[0], 1, 1), x.shape[0]),
     "index": lambda m, x: x + torch.arange(x.shape[0]).view(-1, 1, 1),
     "order": lambda m, x: x.flip(0),
     "first": lambda m, x: x + x[:1],
