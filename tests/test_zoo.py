@@ -227,7 +227,7 @@ FOLLOWED_IN_PART = {
 
 
 def test_samples_are_apart_where_they_are_said_to_be(member: Member) -> None:
-    program = member.captured
+    program = member.compiled("").program
     reason = mixes_samples(program)
     assert FOLLOWED_IN_PART.get(member.name, "") in reason and bool(reason) is (member.name in FOLLOWED_IN_PART)
     if reason:
