@@ -3,7 +3,7 @@
 A speed is a multiple of the fp32 MatMul of the same shape, for 1, 16 and 128 rows; between them the nearest counts.
 `paretoc bench --calibrate` measures this machine (`probe.py`) and keeps the result for later compilations. Until then:
 
-    x86 with VNNI      measured
+    x86 with VNNI      measured, with AMX and without
     x86 without        stated, from those: half for u8·s8 (pmaddubsw in place of vpdpbusd), two thirds for MatMulNBits
                        at accuracy level 4, which takes 1.4 to 1.5 times as long there (microsoft/onnxruntime#24491)
     other CPUs, CUDA   not known: the first form of the table that fits; which operators CUDA has is listed in
@@ -41,6 +41,17 @@ _MEASURED = {
 #: on two cores of an x86 CPU with AMX: .75 of the time at 128 and 256 rows of 384, 1.05 at 394, 1.09 at 1024; on one
 #: thread it is slower
 _JOINT_ROWS = 256
+#: on two cores of an x86 CPU with AMX, medians of five measurements
+_WITH_AMX = {
+    "DynamicMatMul": (1.7, 2.8, 3.6),
+    "SharedMatMul": (1.9, 3.1, 3.9),
+    "IntegerMatMul": (1.7, 2.5, 2.3),
+    "GroupMatMul": (2.2, 1.3, 0.82),
+    "BlockMatMul": (1.75, 1.0, 1.0),
+    "StoredMatMul": (0.13, 0.22, 0.47),
+    "FoldedMatMul": (1.0, 1.0, 1.0),
+}
+_AMX_PEAKS = {"int8": 2065.0, "fp32": 375.0, "memory": 26.0}
 #: of the machine of the table: 10⁹ operations a second, 10⁹ bytes a second
 _PEAKS = {"int8": 890.0, "fp32": 225.0, "memory": 37.0}
 #: form → the share of its speed that is left without VNNI
@@ -111,6 +122,8 @@ def shipped(provider: str = "CPUExecutionProvider") -> Speeds:
     if provider == "CUDAExecutionProvider":
         return _unknown(_CUDA, "no speeds are known for CUDA, where MatMulNBits runs and 8-bit activations do not")
     flags = cpu_flags() if provider == "CPUExecutionProvider" else frozenset()
+    if "amx_int8" in flags:
+        return Speeds(_WITH_AMX, _AMX_PEAKS, "two cores of an x86 CPU with AMX, ONNX Runtime 1.31.1")
     if flags & {"avx512_vnni", "avx_vnni"}:
         return Speeds()
     if "avx2" in flags:

@@ -97,6 +97,9 @@ def _machine(monkeypatch, *flags: str) -> Speeds:
 
 def test_the_table_is_that_of_the_cpu(monkeypatch):
     with_vnni, without, unknown = (_machine(monkeypatch, *f) for f in (("avx2", "avx512_vnni"), ("avx2",), ()))
+    amx = _machine(monkeypatch, "avx2", "avx512_vnni", "amx_int8")
+    assert amx.measured and amx.peaks["int8"] > 2 * with_vnni.peaks["int8"] and amx.table.keys() == FORMS.keys()
+    assert (with_vnni.joint_rows, amx.joint_rows, unknown.joint_rows) == (256, 256, 0)
     assert with_vnni.measured and not with_vnni.stated
     assert without.stated and unknown.stated and not without.measured and not unknown.measured
     assert all(table.table.keys() == FORMS.keys() for table in (with_vnni, without, unknown))
