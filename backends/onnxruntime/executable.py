@@ -35,7 +35,7 @@ from .kernels import Placed, explain_session, predicted_rows
 from .lower import Lowering, required_opset
 from .nearest import nearest_fast
 from .optimise import optimise
-from .parts import Parts, parts_of, rows_at_once, rows_of
+from .parts import Parts, parts_of, rows_of, share_of_run
 from .rule import Target
 from .speeds import MARGIN, load_speeds
 from .stored import EXTERNAL_BYTES, WEIGHTS, nbytes, write
@@ -69,7 +69,8 @@ class OnnxExecutable:
             center(program, untie=False)
         found = weight_sites(program)
         parts = parts_of(program, found)
-        rows = {s.path: rows_at_once(parts, program, rows_of(s)) for s in found if s.kind == "linear"}
+        share = share_of_run(parts, program)
+        rows = {s.path: int(rows_of(s) * share) for s in found if s.kind == "linear"}
         sites = [_placed(program, s) for s in found]
         beside = split_sums(program)
         encodings = [program.encoding(n) for n in program.calls(torch.ops.paretoc.decode.default)]
@@ -82,8 +83,8 @@ class OnnxExecutable:
         model = translate(program, opset)
         lowering = Lowering(model, target, rows, load_speeds())
         lowering.run()
-        whole = parts is None or len(parts.cut(program.users_example(), torch.get_num_threads())) == 1
-        few = {path for path, count in rows.items() if whole and count <= lowering.speeds.joint_rows}
+        threaded = share * program.repeats == 1  # a part has one thread
+        few = {path for path, count in rows.items() if threaded and count <= lowering.speeds.joint_rows}
         optimise(model, [*beside, *traced], Target(lowering.contrib, few))
         settings: dict[str, Any] = {
             "config": CONFIG,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import ceil, prod
 
 import torch
@@ -63,11 +64,10 @@ def rows_of(site: Site) -> int:
     return prod(shape[:-1]) if site.kind == "linear" else prod(shape) // shape[1]
 
 
-def rows_at_once(parts: Parts | None, program: Program, rows: int) -> int:
-    """Of so many rows of the example, those that one run multiplies."""
-    rows //= program.repeats
+def share_of_run(parts: Parts | None, program: Program) -> Fraction:
+    """Of the rows that a site multiplies at the example inputs, those of one run."""
     if parts is None:
-        return rows
-    batch = max(len(program.users_example()[parts.inputs[0]]), 1)
-    whole = parts.cut(program.users_example(), torch.get_num_threads())
-    return rows * len(whole[0][parts.inputs[0]]) // batch
+        return Fraction(1, program.repeats)
+    example, first = program.users_example(), parts.inputs[0]
+    run = parts.cut(example, torch.get_num_threads())[0]
+    return Fraction(len(run[first]), max(len(example[first]), 1) * program.repeats)
