@@ -264,8 +264,8 @@ def _compile(model: Any, passes: list[Pass], options: Options, example: Any) -> 
                 reference = before
             try:
                 program, result = _apply(step, program, batches, options, progress, reference)
-            except PassError:
-                if wanted:
+            except PassError as refused:
+                if wanted or refused.__cause__ is not None:  # asked for, or broken
                     raise
                 continue
             if options.verify:

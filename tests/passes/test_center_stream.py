@@ -187,6 +187,12 @@ def test_where_it_does_not_apply_nothing_is_said() -> None:
     assert names(["quantize:W8A8"], target="eager") == ["canonicalize", "quantize"]
 
 
+def test_a_pass_that_breaks_by_itself_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pc.CenterStream, "apply", lambda *_: 1 / 0)
+    with pytest.raises(pc.PassError, match="ZeroDivisionError"):
+        names(["quantize:W8A8"])
+
+
 def test_an_error_of_a_pass_that_was_asked_for_is_raised() -> None:
     with pytest.raises(pc.PassError, match="centred"):
         pc.compile(PreNorm("raw").eval(), ["center_stream"], example_inputs=X)
