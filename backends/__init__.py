@@ -1,16 +1,17 @@
-"""Where a program runs: eager PyTorch (the reference), portable ONNX, ONNX Runtime, Triton kernels on a GPU."""
+"""Where a program runs: eager PyTorch (the reference), portable ONNX, ONNX Runtime and OpenVINO inside it, Triton
+kernels on a GPU."""
 
 from __future__ import annotations
 
 from ..compiler.backend import Backend
 from ..compiler.hookspecs import hook
 from .eager import Eager
-from .onnxruntime import Onnx, OnnxRuntime
+from .onnxruntime import Onnx, OnnxRuntime, OpenVino
 from .triton import Triton
 
-__all__ = ["Eager", "Onnx", "OnnxRuntime", "Triton"]
+__all__ = ["Eager", "Onnx", "OnnxRuntime", "OpenVino", "Triton"]
 
 
 @hook
 def paretoc_backends() -> list[Backend]:
-    return [Eager(), Onnx(), OnnxRuntime(), Triton()]
+    return [Eager(), Onnx(), OnnxRuntime(), OpenVino(), OpenVino("bf16"), Triton()]

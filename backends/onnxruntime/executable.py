@@ -31,19 +31,21 @@ from ...compiler.sums import split_sums
 from .cache import CachedDecoder, row_by_row, share_cache
 from .denormals import FLUSHED, flushed
 from .integers import representable
-from .kernels import Placed, explain_session, predicted_rows
+from .kernels import Placed, Profiled, explain_openvino, explain_session, predicted_rows
 from .lower import Lowering, required_opset
 from .nearest import nearest_fast
 from .optimise import optimise
 from .parts import Parts, parts_of, rows_of, share_of_run
+from .providers import CPU, Provider
 from .rule import Target
 from .speeds import MARGIN, load_speeds
 from .stored import EXTERNAL_BYTES, WEIGHTS, nbytes, write
 from .translate import translate
 
 MODEL = "model.onnx"
-#: the smallest opset written: one that other runtimes know, and the one in which attention and norms are one operator
-_OPSETS = {"onnx": 18, "onnxruntime": 23}
+#: the smallest opset written: one that other runtimes know; for ONNX Runtime's own kernels the one in which attention
+#: and norms are one operator
+_PORTABLE, _NATIVE = 18, 23
 #: session options that travel with a model: a DequantizeLinear before a MatMul must not round the activations, and the
 #: signed codes of a product's second factor stay signed
 CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1", "session.qdqisint8allowed": "1", **FLUSHED}
@@ -57,35 +59,35 @@ class OnnxExecutable:
 
     model: ir.Model | None
     settings: dict[str, Any]
-    target: str
+    provider: Provider
     path: Path | None = None
     example: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def from_program(cls, program: Program, *, target: str, options: Mapping[str, Any]) -> OnnxExecutable:
+    def from_program(cls, program: Program, *, contrib: bool, provider: Provider) -> OnnxExecutable:
         program = program.clone()
         linear_patches(program)
-        if target == "onnxruntime":
+        if contrib:
             center(program, untie=False)
         found = weight_sites(program)
-        parts = parts_of(program, found)
+        parts = parts_of(program, found) if provider is CPU else None  # OpenVINO takes a whole batch as fast
         share = share_of_run(parts, program)
         rows = {s.path: int(rows_of(s) * share) for s in found if s.kind == "linear"}
         sites = [_placed(program, s) for s in found]
         beside = split_sums(program)
         encodings = [program.encoding(n) for n in program.calls(torch.ops.paretoc.decode.default)]
         traced = inline_decode(program, representable)
-        shared = target == "onnxruntime" and share_cache(program)
+        shared = contrib and share_cache(program)
         codes = [
             str(argument(n, 2, "code", "int8")) for n in program.calls(torch.ops.paretoc.fake_quantize_dynamic.default)
         ]
-        opset = required_opset(encodings, codes, _OPSETS[target])
+        opset = required_opset(encodings, codes, _NATIVE if contrib else _PORTABLE)
         model = translate(program, opset)
-        lowering = Lowering(model, target, rows, load_speeds())
+        lowering = Lowering(model, contrib, rows, load_speeds(provider.table))
         lowering.run()
         threaded = share * program.repeats == 1  # a part has one thread
         few = {path for path, count in rows.items() if threaded and count <= lowering.speeds.joint_rows}
-        optimise(model, [*beside, *traced], Target(lowering.contrib, few))
+        optimise(model, [*beside, *traced], Target(contrib, few))
         settings: dict[str, Any] = {
             "config": CONFIG,
             "sites": [asdict(_chosen(s, lowering)) for s in sites],
@@ -97,13 +99,13 @@ class OnnxExecutable:
             "shared_cache": shared,
             "parts": None if parts is None else asdict(parts),
         }
-        executable = cls(model, settings, target, example=list(program.example))
+        executable = cls(model, settings, provider, example=list(program.example))
         executable._check()
         return executable
 
     @classmethod
-    def from_directory(cls, directory: Path, settings: Mapping[str, Any]) -> OnnxExecutable:
-        return cls(None, dict(settings), "onnxruntime", path=directory / Path(settings.get("file", MODEL)).name)
+    def from_directory(cls, directory: Path, settings: Mapping[str, Any], provider: Provider) -> OnnxExecutable:
+        return cls(None, dict(settings), provider, path=directory / Path(settings.get("file", MODEL)).name)
 
     def _check(self) -> None:
         """The file must be valid ONNX; contrib operators are outside what the checker knows. Large weights stand as
@@ -134,7 +136,7 @@ class OnnxExecutable:
 
     @flushed()
     def _start(self, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-        arguments = {"providers": ["CPUExecutionProvider"]}
+        arguments = self.provider.arguments(options)
         try:
             if self.path is not None:
                 return onnxruntime.InferenceSession(str(self.path), options, **arguments)
@@ -220,7 +222,11 @@ class OnnxExecutable:
 
     def explain(self) -> list[Row]:
         graph = (ir.load(self.path) if self.model is None else self.model).graph
-        return explain_session(self._start, self.session_options(), self._sites(), self._example(), _convolved(graph))
+        speeds = load_speeds(self.provider.table)
+        profiled = Profiled(self._start, self.session_options(), self._example(), speeds)
+        if self.provider is CPU:
+            return explain_session(profiled, self._sites(), _convolved(graph))
+        return explain_openvino(profiled, self._sites(), graph)
 
     def predict(self) -> list[Row]:
         return predicted_rows(self._sites())

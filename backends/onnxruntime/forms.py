@@ -7,6 +7,7 @@ round. Among those that fit a layer, `speeds.py` says which is fastest on this m
 |---|---|---|---|
 | DynamicMatMul | int8 per channel | 8 bit per tensor, one reader | DynamicQuantizeMatMul |
 | SharedMatMul | int8 per channel | 8 bit per tensor, static or shared | quantise once, MatMulIntegerToFloat |
+| RoundedMatMul | int8 per channel | 8 bit, static | QuantizeLinear, DequantizeLinear, MatMul ("QDQ") |
 | IntegerMatMul | int8 per channel | 8 or 4 bit, also per token | quantise once, MatMulInteger, scale |
 | GroupMatMul | int8, int4, int3, int2 in blocks | int8 in the same blocks | MatMulNBits, accuracy level 4 |
 | BlockMatMul | int4, int3 in blocks | floating | MatMulNBits, accuracy level 1 |
@@ -129,6 +130,22 @@ class SharedMatMul:
         return lowering.emit(linear.node, "MatMulIntegerToFloat", inputs, domain=MICROSOFT, name=linear.site)
 
 
+class RoundedMatMul:
+    """Every value with its scale, the product between floats: what quantised operators are fused from, by ONNX Runtime
+    and by compilers of other vendors. To whoever does not, it is a product of rounded floats."""
+
+    standard = True
+    scheme = Scheme("W8A8", 8, "static")
+
+    def refusal(self, linear: Linear) -> str:
+        if linear.quantiser is None or linear.quantiser.op_type != "StaticQuantize":
+            return "the range of its activations is not known beforehand"
+        return _integer_refusal(linear)
+
+    def emit(self, lowering: Lowering, linear: Linear) -> ir.Value:
+        return FORMS["StoredMatMul"].emit(lowering, linear)
+
+
 class IntegerMatMul:
     standard = True
     scheme = Scheme("W8A8-dynamic", 8, "token")
@@ -217,7 +234,7 @@ class FoldedMatMul:
 
     def emit(self, lowering: Lowering, linear: Linear) -> ir.Value:
         weight = lowering.folded_weight(linear.node, linear.stored, linear.site)
-        return lowering.float_linear(linear.node, linear.x, weight, linear.bias, linear.site)
+        return lowering.float_linear(linear.node, linear.x, weight, linear.bias)
 
 
 class StoredMatMul:
@@ -236,7 +253,16 @@ class StoredMatMul:
 #: in the order of the memory they take when they run
 FORMS: dict[str, Form] = {
     form.__name__: form()
-    for form in (DynamicMatMul, SharedMatMul, IntegerMatMul, GroupMatMul, BlockMatMul, StoredMatMul, FoldedMatMul)
+    for form in (
+        DynamicMatMul,
+        SharedMatMul,
+        RoundedMatMul,
+        IntegerMatMul,
+        GroupMatMul,
+        BlockMatMul,
+        StoredMatMul,
+        FoldedMatMul,
+    )
 }
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import onnxruntime
 
 from ...compiler.backend import Row
 from .denormals import flushed
 from .projections import JOINT
-from .speeds import MARGIN, Speeds, load_speeds
+from .speeds import MARGIN, Speeds
 
 #: the fast integer kernels
 _INTEGER = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv"}
@@ -26,6 +27,8 @@ _FLOATING = {"MatMul": "fp32 MatMul", "Gemm": "fp32 Gemm", "FusedMatMul": "fp32 
 _FLOATING |= {"Conv": "fp32 Conv", "FusedConv": "fp32 FusedConv", "FusedMatMulActivation": "fp32 FusedMatMul"}
 #: operators that consume a weight, as opposed to decoding it
 _READERS = {*_INTEGER, *_FLOATING, "MatMulNBits", "GatherBlockQuantized"}
+#: what OpenVINO calls those of its operators
+_OPENVINO_READERS = ("FullyConnected", "MatMul", "Convolution", "Deconvolution", "Gather")
 _PROFILE_RUNS = 5
 
 
@@ -49,25 +52,34 @@ class Placed:
     instead: str = ""
 
 
-def explain_session(
-    start: Callable[[onnxruntime.SessionOptions], onnxruntime.InferenceSession],
-    options: onnxruntime.SessionOptions,
-    sites: Sequence[Placed],
-    feeds: Mapping[str, Any],
-    convolved: Mapping[str, str],
-) -> list[Row]:
-    """Start a profiled session, run it, and look up every site in its optimised graph; `convolved`: see `_by_site`."""
-    with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        session = start(options)
+@dataclass(frozen=True)
+class Profiled:
+    """How to start a session with given options, what to feed it, and the speeds of its machine."""
+
+    start: Callable[[onnxruntime.SessionOptions], onnxruntime.InferenceSession]
+    options: onnxruntime.SessionOptions
+    feeds: Mapping[str, Any]
+    speeds: Speeds
+
+    def run(self, folder: Path) -> list[dict[str, Any]]:
+        """The events of a few runs; the profile is written into `folder`."""
+        self.options.enable_profiling = True
+        self.options.profile_file_prefix = str(folder / "profile")
+        session = self.start(self.options)
         with flushed():
             for _ in range(_PROFILE_RUNS):
-                session.run(None, dict(feeds))
-        times = _node_times(Path(session.end_profiling()))
-        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
-    nodes, speeds = _by_site(graph, sites, convolved), load_speeds()
+                session.run(None, dict(self.feeds))
+        events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
+        return events
+
+
+def explain_session(profiled: Profiled, sites: Sequence[Placed], convolved: Mapping[str, str]) -> list[Row]:
+    """Look up every site in the optimised graph of ONNX Runtime's own provider; `convolved`: see `_by_site`."""
+    with tempfile.TemporaryDirectory() as folder:
+        profiled.options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        times = _medians(profiled.run(Path(folder)), "Node")
+        graph = onnx.load(profiled.options.optimized_model_filepath, load_external_data=False).graph
+    nodes, speeds = _by_site(graph, sites, convolved), profiled.speeds
     work: dict[str, int] = defaultdict(int)  # of all sites that a node runs
     for site in sites:
         if site.path in nodes:
@@ -76,19 +88,76 @@ def explain_session(
     return [_row(site, nodes.get(site.path), taken.get(site.path), speeds) for site in sites if site.kind != "norm"]
 
 
+def explain_openvino(profiled: Profiled, sites: Sequence[Placed], graph: ir.Graph) -> list[Row]:
+    """Look up every site among the kernels that OpenVINO ran."""
+    with tempfile.TemporaryDirectory() as folder:
+        events = [e for e in profiled.run(Path(folder)) if e.get("cat") == "Kernel"]
+    times, ran = _medians(events, "Kernel"), {e["name"]: e["args"] for e in events}
+    kernels: dict[str, str] = {}  # name of a node → of the kernel: fusions append theirs, behind slashes
+    for kernel, args in ran.items():
+        name = kernel.removeprefix("OV::")
+        while name and args["ov_node_type"].startswith(_OPENVINO_READERS):
+            kernels.setdefault(name, kernel)
+            name = name.rpartition("/")[0]
+    named, rows = _openvino_names(graph, {site.path for site in sites}), []
+    for site in sites:
+        kernel = next((kernels[n] for n in named.get(site.path, ()) if n in kernels), "")
+        if site.kind != "norm":
+            rows.append(_openvino_row(site, ran.get(kernel), times.get(kernel), profiled.speeds))
+    return rows
+
+
+def _openvino_names(graph: ir.Graph, sites: Collection[str]) -> dict[str, list[str]]:
+    """Site → what the kernel that reads its weight may be called: like the first or the last of the nodes that it runs,
+    or like an output of the model."""
+    found: dict[str, list[str]] = {}
+    for node in graph:
+        if node.name in sites and node.name not in found:
+            names, last = [str(node.name)], node
+            while len(users := last.outputs[0].uses()) == 1 and users[0].node.name not in sites:
+                last = users[0].node
+                names.append(str(last.name))
+            found[str(node.name)] = [*names, str(last.outputs[0].name)]
+    return found
+
+
+def _openvino_row(site: Placed, kernel: Mapping[str, str] | None, taken: float | None, speeds: Speeds) -> Row:
+    if kernel is None:
+        note = "OpenVINO ran no kernel of its name"
+        return Row(site.path, site.encoding, "folded away or fused", False, note=note, macs=site.macs)
+    ran = kernel["ov_exec_type"]
+    integers, encoded = ran.lower().endswith(("i8", "u8")), site.encoding != "dense"
+    fast = encoded and (integers or site.kind == "embedding" or (site.speed or 0) >= MARGIN)
+    packed = kernel["ov_node_type"].endswith("Compressed")
+    why = "decoded as it is read, which is no faster for so many rows" if packed else _why_floating(site)
+    note = "" if fast or not encoded else f"not accelerated: {why}"
+    share = _roofline(site, taken, "int8" if integers else "fp32", speeds)
+    instead = "" if fast else site.instead
+    named = f"{kernel['ov_node_type']} ({ran})"
+    return Row(site.path, site.encoding, named, fast, taken, note, site.speed, share, site.macs, instead)
+
+
 def _share(times: Mapping[str, float], work: Mapping[str, int], name: str, macs: int) -> float | None:
     """The time of a node that falls to a site with so many of its MACs."""
     return times[name] * (macs / work[name] if work[name] else 1.0) if name in times else None
 
 
-def _node_times(profile: Path) -> dict[str, float]:
-    """Node name → milliseconds of one run: the median over the profiled runs."""
-    events: dict[str, list[float]] = defaultdict(list)
-    for event in json.loads(profile.read_text()):
+def _roofline(site: Placed, taken: float | None, peak: str, speeds: Speeds) -> float | None:
+    """The least time that the machine could need for a site, as a share of what it took."""
+    if not taken or peak not in speeds.peaks:
+        return None
+    bound = max(2 * site.macs / speeds.peaks[peak], site.bytes / speeds.peaks["memory"])
+    return bound / 1e6 / taken if site.macs else 0.0
+
+
+def _medians(events: Sequence[Mapping[str, Any]], kind: str) -> dict[str, float]:
+    """Name of a node, or of a kernel → milliseconds of one run: the median over the profiled runs."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for event in events:
         name = event.get("name", "")
-        if event.get("cat") == "Node" and name.endswith("_kernel_time"):
-            events[name.removesuffix("_kernel_time")].append(event["dur"] / 1e3)
-    return {name: sorted(durations)[len(durations) // 2] for name, durations in events.items()}
+        if event.get("cat") == kind and (kind != "Node" or name.endswith("_kernel_time")):
+            found[name.removesuffix("_kernel_time")].append(event["dur"] / 1e3)
+    return {name: sorted(durations)[len(durations) // 2] for name, durations in found.items()}
 
 
 def _by_site(
@@ -132,10 +201,8 @@ def _row(site: Placed, node: onnx.NodeProto | None, taken: float | None, speeds:
         note = "no node of the optimised graph reads its weight"
         return Row(site.path, site.encoding, "folded away or fused", False, note=note)
     kernel, fast, note = _describe(node, site)
-    share, instead = None, "" if fast else site.instead
-    if taken and (peaks := speeds.peaks):
-        peak = peaks["int8" if _on_integers(node) else "fp32"]
-        share = max(2 * site.macs / peak, site.bytes / peaks["memory"]) / 1e6 / taken if site.macs else 0.0
+    share = _roofline(site, taken, "int8" if _on_integers(node) else "fp32", speeds)
+    instead = "" if fast else site.instead
     speed = site.speed if speeds.known(site.form) else None
     note = note or (speeds.stated if site.form else "")
     return Row(site.path, site.encoding, kernel, fast, taken, note, speed, share, site.macs, instead)

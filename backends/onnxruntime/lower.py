@@ -1,8 +1,8 @@
 """Opaque `paretoc` nodes → real ONNX operators: the choice of kernels, one short rule each.
 
 The rules see an encoded weight together with the quantiser of its input, and pick the form the target runs best.
-`onnx` emits standard operators only; `onnxruntime` may emit com.microsoft ones. What each rule emits is exact with
-respect to the eager reference up to float rounding, unless it says otherwise.
+`onnx` and `openvino` emit standard operators only; `onnxruntime` may emit com.microsoft ones. What each rule emits is
+exact with respect to the eager reference up to float rounding, unless it says otherwise.
 """
 
 from __future__ import annotations
@@ -26,25 +26,22 @@ from .projections import merge_projections
 from .speeds import Speeds
 
 #: which input of an operator is its weight
-_WEIGHT_OF = {"Conv": 1, "ConvTranspose": 1}
+_WEIGHT_OF = {"Conv": 1, "ConvTranspose": 1, "Gather": 0}
 
 
 @dataclass
 class Lowering:
-    """The state of one lowering: the model, the target, how many rows each site multiplies, which form is how fast;
-    then the form chosen for each site with its speed, the quantised activations and the constants made so far."""
+    """The state of one lowering: the model, whether it may hold com.microsoft operators, how many rows each site
+    multiplies, which form is how fast; then the form chosen for each site with its speed, the quantised activations and
+    the constants made so far."""
 
     model: ir.Model
-    target: str
+    contrib: bool
     rows: Mapping[str, int] = field(default_factory=dict)
     speeds: Speeds = field(default_factory=Speeds)
     chosen: dict[str, tuple[str, float]] = field(default_factory=dict)
     quantised: dict[tuple[ir.Value | str | None, ...], tuple[ir.Value, ...]] = field(default_factory=dict)
     made: dict[str, ir.Value] = field(default_factory=dict)
-
-    @property
-    def contrib(self) -> bool:
-        return self.target == "onnxruntime"
 
     def run(self) -> None:
         """Lower every opaque node, consumers of weights first, then what is left of weights and quantisers."""
@@ -52,7 +49,8 @@ class Lowering:
         rules |= {"StaticQuantize": self._static, "DynamicQuantize": self._dynamic}
         rules |= {"GroupedMatMul": self._grouped_matmul}
         for node in list(self.model.graph):
-            if (place := _WEIGHT_OF.get(node.op_type)) is not None:
+            place = _WEIGHT_OF.get(node.op_type)
+            if place is not None and (node.op_type != "Gather" or str(node.inputs[0].name).endswith(".weight")):
                 node.name = _site(node.inputs[place])  # `explain()` looks for it when its weight has been folded
             if node.domain == "paretoc" and node.op_type == "Linear":
                 self._linear(node)
@@ -135,7 +133,8 @@ class Lowering:
         linear = Linear(node, x, stored, bias, site, quantiser, code, granularity, shared)
         rows = self.rows.get(site, 1)
         name = self.speeds.fastest(self.fitting(linear), rows)
-        self.chosen[site] = name, self.speeds.of(runs_as(name, linear), rows)
+        kernel = runs_as(name, linear)
+        self.chosen[site] = name, self.speeds.of(kernel if self.speeds.known(kernel) else name, rows)
         self.replace(node, FORMS[name].emit(self, linear))
 
     def fitting(self, linear: Linear) -> list[str]:

@@ -18,6 +18,7 @@ from .executable import CONFIG, session_options
 from .forms import FORMS
 from .lower import Lowering
 from .optimise import optimise
+from .providers import CPU, Provider
 from .rule import STANDARD, Target
 from .speeds import ROWS, Speeds
 
@@ -29,6 +30,7 @@ _TRIED: dict[str, tuple[Encoding | None, Any]] = {
     "fp32": (None, None),
     "DynamicMatMul": (Affine(8), _TENSOR),
     "SharedMatMul": (Affine(8), "static"),
+    "RoundedMatMul": (Affine(8), "static"),
     "IntegerMatMul": (Affine(8), _TOKEN),
     "GroupMatMul": (Affine(4, 32), {"granularity": "group32", "code": "int8"}),
     "BlockMatMul": (Affine(4, 32), None),
@@ -37,22 +39,26 @@ _TRIED: dict[str, tuple[Encoding | None, Any]] = {
 }
 
 
-def measure_speeds() -> Speeds:
-    """Every form against fp32, interleaved, and the rates of the roofline; takes about a minute."""
-    found: dict[str, list[float]] = {name: [] for name in _TRIED}
+def measure_speeds(provider: Provider = CPU) -> Speeds:
+    """Every form that the provider takes against fp32, interleaved, and the rates of the roofline; takes about a
+    minute."""
+    contrib = provider is CPU
+    tried = [name for name in _TRIED if contrib or name == "fp32" or FORMS[name].standard]
+    found: dict[str, list[float]] = {name: [] for name in tried}
     for rows in ROWS:
-        times = measure({name: _call(name, rows) for name in _TRIED}, runs=30)
-        for name in _TRIED:
+        times = measure({name: _call(name, rows, provider) for name in tried}, runs=30)
+        for name in tried:
             found[name].append(round(times["fp32"].median / times[name].median, 3))
     del found["fp32"]
     many = 512
     operations = 2e-6 * many * _WIDTH**2 * _LAYERS
-    fastest = measure({"fp32": _call("fp32", many), "int8": _call("SharedMatMul", many)}, runs=20)
+    integers = "SharedMatMul" if contrib else "RoundedMatMul"
+    fastest = measure({"fp32": _call("fp32", many, provider), "int8": _call(integers, many, provider)}, runs=20)
     peaks = {name: round(operations / taken.minimum, 1) for name, taken in fastest.items()}
     large, copy = torch.ones(2, 1 << 25)
     peaks["memory"] = round(2e-6 * large.nbytes / measure({"": lambda: copy.copy_(large)}, runs=5)[""].minimum, 1)
     where = f"this machine, {torch.get_num_threads()} threads, ONNX Runtime {onnxruntime.__version__}"
-    return Speeds(found, peaks, where, joint_rows=_joint_rows())
+    return Speeds(found, peaks, where, joint_rows=_joint_rows() if contrib else 0)
 
 
 def _joint_rows() -> int:
@@ -77,10 +83,10 @@ def _attention(rows: int, joint: bool) -> Callable[[], Any]:
         x = tape.Tape(graph).op("Attention", parts, {"q_num_heads": _HEADS, "kv_num_heads": _HEADS})
         x.shape, x.type = ir.Shape((1, rows, width)), ir.TensorType(ir.DataType.FLOAT)
     few = [f"layer{layer}.{part}" for layer in range(_LAYERS) for part in "qkv"] if joint else []
-    return _started(graph, x, "SharedMatMul", Target(True, few))
+    return _started(graph, x, "SharedMatMul", Target(True, few), CPU)
 
 
-def _call(form: str, rows: int) -> Callable[[], Any]:
+def _call(form: str, rows: int, provider: Provider = CPU) -> Callable[[], Any]:
     """A chain of equal layers in one form."""
     encoding, rounding = _TRIED[form]
     x = ir.Value(name="x", shape=ir.Shape((1, rows, _WIDTH)), type=ir.TensorType(ir.DataType.FLOAT))
@@ -88,7 +94,7 @@ def _call(form: str, rows: int) -> Callable[[], Any]:
     for layer in range(_LAYERS):
         source = _rounded(graph, x, f"layer{layer}", rounding)
         x = _linear(graph, source, f"layer{layer}", encoding, rows, _WIDTH)
-    return _started(graph, x, form, STANDARD)
+    return _started(graph, x, form, STANDARD, provider)
 
 
 def _rounded(graph: ir.Graph, x: ir.Value, site: str, rounding: Any) -> ir.Value:
@@ -116,14 +122,15 @@ def _linear(graph: ir.Graph, x: ir.Value, site: str, encoding: Encoding | None, 
 
 
 @flushed()
-def _started(graph: ir.Graph, y: ir.Value, form: str, target: Target) -> Callable[[], Any]:
+def _started(graph: ir.Graph, y: ir.Value, form: str, target: Target, provider: Provider) -> Callable[[], Any]:
     """A session on numbers of the shape of its input."""
     graph.outputs.append(y)
     model = ir.Model(graph, ir_version=10)
-    Lowering(model, "onnxruntime", speeds=Speeds({name: (float(name == form),) * len(ROWS) for name in FORMS})).run()
+    chosen = Speeds({name: (float(name == form),) * len(ROWS) for name in FORMS})
+    Lowering(model, provider is CPU, speeds=chosen).run()
     optimise(model, [], target)
-    content = ir.to_proto(model).SerializeToString()
-    session = onnxruntime.InferenceSession(content, session_options(CONFIG), providers=["CPUExecutionProvider"])
+    options, content = session_options(CONFIG), ir.to_proto(model).SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, **provider.arguments(options))
     x = np.random.default_rng(0).standard_normal(session.get_inputs()[0].shape, dtype=np.float32)
     return lambda: session.run(None, {"x": x})
 

@@ -9,7 +9,16 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import RewriteRuleSet
 
-from .rewrite_attention import AddedMask, GroupedHeads, HeadsInside, JointAttention, Rotary, RotaryInside, VisibleRows
+from .rewrite_attention import (
+    AddedMask,
+    GroupedHeads,
+    HeadsInside,
+    JointAttention,
+    Rotary,
+    RotaryInside,
+    TransposedKeys,
+    VisibleRows,
+)  # fmt: skip
 from .rewrite_codes import EmptyPad, PaddedConvolution, SaturatedClip, ScaledCodes, SignedFactor, SignedKeys
 from .rewrite_norms import ResidualSum, RootMeanSquareNorm, SkipRootMeanSquareNorm
 from .rule import STANDARD, Rule, Target
@@ -17,7 +26,7 @@ from .rule import STANDARD, Rule, Target
 #: in the order in which one makes room for the next
 _ORDER: tuple[type[Rule], ...] = (
     ResidualSum, RootMeanSquareNorm, SkipRootMeanSquareNorm,
-    GroupedHeads, Rotary, RotaryInside, HeadsInside, JointAttention, AddedMask, VisibleRows,
+    GroupedHeads, Rotary, RotaryInside, HeadsInside, JointAttention, AddedMask, VisibleRows, TransposedKeys,
     EmptyPad, PaddedConvolution, SaturatedClip, SignedFactor, SignedKeys, ScaledCodes,
 )  # fmt: skip
 

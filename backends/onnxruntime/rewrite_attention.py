@@ -11,7 +11,7 @@ from onnxscript.rewriter.pattern import MatchResult
 
 from .forms import MICROSOFT
 from .projections import JOINT
-from .rule import Rule, axes_of, not_split, number_of, opset_of, part_of, shape_of, stored
+from .rule import Rule, asked_of, axes_of, not_split, number_of, opset_of, part_of, rank_of, shape_of, sizes_of, stored
 
 
 class HeadsInside(Rule):
@@ -279,3 +279,23 @@ class VisibleRows(Rule):
 
     def rewrite(self, op: Any, shares: ir.Value, **_: Any) -> Any:
         return op.Identity(shares)
+
+
+class TransposedKeys(Rule):
+    """The last two axes of [B, H, T, D] trade places in one Transpose, not between two Reshapes that join B and H and
+    part them again: compilers know attention by it."""
+
+    def pattern(self, op: Any, k: ir.Value, joined: ir.Value, parted: ir.Value) -> Any:
+        flat = op.Reshape(k, joined, _allow_other_attributes=True)
+        return op.Reshape(op.Transpose(flat, perm=[0, 2, 1]), parted, _allow_other_attributes=True)
+
+    def check(self, context: Any, k: ir.Value, joined: ir.Value, parted: ir.Value) -> MatchResult:
+        if rank_of(k) != 4:
+            return MatchResult().fail("they are not [B, H, T, D]")
+        batch, heads, tokens, width = sizes_of(k)
+        if asked_of(joined, k)[1:] != [tokens, width] or asked_of(parted, k) != [batch, heads, width, tokens]:
+            return MatchResult().fail("its last two axes do not just trade places")
+        return MatchResult()
+
+    def rewrite(self, op: Any, k: ir.Value, **_: Any) -> Any:
+        return op.Transpose(k, perm=[0, 1, 3, 2])

@@ -90,3 +90,31 @@ def part_of(sliced: ir.Value) -> tuple[int, int, int]:
         return -1, 0, 0
     start, end, axis = (int(g) for g in given[:3])  # type: ignore[arg-type]
     return axis % rank_of(node.inputs[0]), start, end
+
+
+def sizes_of(x: ir.Value) -> list[int | str]:
+    """The size of each axis where it is fixed, else a name of its own."""
+    return [d if isinstance(d, int) else f"axis {axis}" for axis, d in enumerate(shape_of(x) or [])]
+
+
+def asked_of(shape: ir.Value | None, x: ir.Value) -> list[int | str | None]:
+    """The elements of a shape in the words of `sizes_of(x)`, where they are constant or taken from the shape of x."""
+    node = shape.producer() if shape is not None else None
+    fixed = numbers_of(shape) if shape is not None else None
+    if fixed is not None:
+        return [int(number) for number in fixed]
+    if node is not None and node.op_type == "Concat":
+        return [size for part in node.inputs for size in asked_of(part, x)]
+    if node is not None and node.op_type == "Slice" and len(node.inputs) < 5:
+        whole = node.inputs[0].producer() if node.inputs[0] is not None else None
+        start, end = (number_of(v) if v is not None else None for v in node.inputs[1:3])
+        of_x = whole is not None and whole.op_type == "Shape" and whole.inputs[0] is x
+        if of_x and not _from(whole) and start is not None and end is not None:
+            return list(sizes_of(x)[int(start) : int(end)])
+    return [None]
+
+
+def _from(shape: ir.Node | None) -> int:
+    """The axis with which a Shape begins; −1 where it ends before the last."""
+    assert shape is not None
+    return -1 if "end" in shape.attributes else shape.attributes["start"].as_int() if "start" in shape.attributes else 0

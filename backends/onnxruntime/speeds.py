@@ -6,6 +6,7 @@ A speed is a multiple of the fp32 MatMul of the same shape, for 1, 16 and 128 ro
     x86 with VNNI      measured, with AMX and without
     x86 without        stated, from those: half for u8·s8 (pmaddubsw in place of vpdpbusd), two thirds for MatMulNBits
                        at accuracy level 4, which takes 1.4 to 1.5 times as long there (microsoft/onnxruntime#24491)
+    OpenVINO           measured with AMX, its floating operators in f32 and in bf16; not known elsewhere
     other CPUs, CUDA   not known: the first form of the table that fits; which operators CUDA has is listed in
                        docs/OperatorKernels.md of ONNX Runtime
 """
@@ -32,6 +33,7 @@ MARGIN = 1.25
 _MEASURED = {
     "DynamicMatMul": (2.5, 2.6, 3.7),
     "SharedMatMul": (2.8, 2.8, 3.9),
+    "RoundedMatMul": (2.8, 2.8, 3.9),  # fused into the same kernel
     "IntegerMatMul": (2.4, 2.2, 2.8),
     "GroupMatMul": (3.6, 1.7, 1.4),
     "BlockMatMul": (2.1, 0.95, 1.0),
@@ -45,6 +47,7 @@ _JOINT_ROWS = 256
 _WITH_AMX = {
     "DynamicMatMul": (1.7, 2.8, 3.6),
     "SharedMatMul": (1.9, 3.1, 3.9),
+    "RoundedMatMul": (2.0, 3.1, 3.9),
     "IntegerMatMul": (1.7, 2.5, 2.3),
     "GroupMatMul": (2.2, 1.3, 0.82),
     "BlockMatMul": (1.75, 1.0, 1.0),
@@ -52,14 +55,25 @@ _WITH_AMX = {
     "FoldedMatMul": (1.0, 1.0, 1.0),
 }
 _AMX_PEAKS = {"int8": 2065.0, "fp32": 375.0, "memory": 26.0}
+#: OpenVINO on the same CPU, by the precision of its floating operators: multiples of its own MatMul, and peaks
+_OPENVINO = {
+    "f32": {"RoundedMatMul": (2.0, 2.8, 5.3), "IntegerMatMul": (0.73, 0.61, 0.75), "StoredMatMul": (1.9, 0.85, 1.1)},
+    "bf16": {"RoundedMatMul": (1.3, 1.3, 1.75), "IntegerMatMul": (0.55, 0.33, 0.3), "StoredMatMul": (1.4, 0.75, 0.95)},
+}
+_OPENVINO_PEAKS = {"f32": _AMX_PEAKS, "bf16": {**_AMX_PEAKS, "fp32": 1750.0}}
 #: of the machine of the table: 10⁹ operations a second, 10⁹ bytes a second
 _PEAKS = {"int8": 890.0, "fp32": 225.0, "memory": 37.0}
 #: form → the share of its speed that is left without VNNI
-_WITHOUT_VNNI = {"DynamicMatMul": 1 / 2, "SharedMatMul": 1 / 2, "IntegerMatMul": 1 / 2, "GroupMatMul": 2 / 3}
+_WITHOUT_VNNI = {"DynamicMatMul": 1 / 2, "SharedMatMul": 1 / 2, "RoundedMatMul": 1 / 2, "IntegerMatMul": 1 / 2}
+_WITHOUT_VNNI["GroupMatMul"] = 2 / 3
 #: the forms of which the CUDA provider has the operators come first: the others run on the CPU, between two copies
-_CUDA = ("BlockMatMul", "FoldedMatMul", "StoredMatMul", "GroupMatMul", "SharedMatMul", "IntegerMatMul", "DynamicMatMul")
+_CUDA = ("BlockMatMul", "FoldedMatMul", "StoredMatMul", "RoundedMatMul", "GroupMatMul", "SharedMatMul", "IntegerMatMul")
+_CUDA += ("DynamicMatMul",)
 #: with the weights decoded once before they are decoded at every call
 _UNKNOWN = (*list(_MEASURED)[:-2], "FoldedMatMul", "StoredMatMul")
+_OPENVINO_UNKNOWN = ("RoundedMatMul", "StoredMatMul", "IntegerMatMul")
+#: the table of sessions on ONNX Runtime's own provider
+_CPU = "CPUExecutionProvider"
 
 
 @dataclass(frozen=True)
@@ -90,9 +104,9 @@ class Speeds:
         best = max(self.of(form, rows) for form in forms)
         return next(form for form in forms if self.of(form, rows) * MARGIN >= best)
 
-    def save(self) -> Path:
+    def save(self, table: str = _CPU) -> Path:
         """Keep the table for later compilations on this machine, whole or not at all. Raises OptionError."""
-        file = cache_file()
+        file = cache_file(table)
         fix = "set PARETOC_CACHE to a writable directory"
         with whole_file(file, where="keeping the measured speeds", fix=fix, error=OptionError) as part:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -100,35 +114,43 @@ class Speeds:
         return file
 
 
-def cache_file() -> Path:
+def cache_file(table: str = _CPU) -> Path:
     """Where this machine's own table is kept."""
-    return cache_folder() / f"onnxruntime-{onnxruntime.__version__}.json"
+    kind = "" if table == _CPU else f"-{table}"
+    return cache_folder() / f"onnxruntime-{onnxruntime.__version__}{kind}.json"
 
 
-def load_speeds(provider: str = "CPUExecutionProvider") -> Speeds:
-    """The table measured on this machine with this ONNX Runtime, else the one that ships for such a machine; of a
-    provider other than the CPU's only that."""
+def load_speeds(table: str = _CPU) -> Speeds:
+    """The table of a provider measured on this machine with this ONNX Runtime, else the one that ships for such a
+    machine."""
     try:
-        file = cache_file()
+        file = cache_file(table)
         status = file.stat()
     except OSError:
-        return shipped(provider)
-    kept = _read(file, (status.st_mtime_ns, status.st_ino)) if provider == "CPUExecutionProvider" else None
-    return kept or shipped(provider)
+        return shipped(table)
+    return _read(file, (status.st_mtime_ns, status.st_ino), frozenset(shipped(table).table)) or shipped(table)
 
 
-def shipped(provider: str = "CPUExecutionProvider") -> Speeds:
+def shipped(table: str = _CPU) -> Speeds:
     """The table for sessions of a provider on this machine."""
-    if provider == "CUDAExecutionProvider":
+    if table == "CUDAExecutionProvider":
         return _unknown(_CUDA, "no speeds are known for CUDA, where MatMulNBits runs and 8-bit activations do not")
-    flags = cpu_flags() if provider == "CPUExecutionProvider" else frozenset()
+    flags = cpu_flags()
+    if table != _CPU:
+        precision = table.partition("-")[2]
+        if "amx_int8" not in flags:
+            return _unknown(_OPENVINO_UNKNOWN, "no speeds of OpenVINO are known for this machine")
+        where = "two cores of an x86 CPU with AMX, OpenVINO 2026.4 in ONNX Runtime 1.31.1"
+        return Speeds(_OPENVINO[precision], _OPENVINO_PEAKS[precision], where, joint_rows=0)
     if "amx_int8" in flags:
         return Speeds(_WITH_AMX, _AMX_PEAKS, "two cores of an x86 CPU with AMX, ONNX Runtime 1.31.1")
     if flags & {"avx512_vnni", "avx_vnni"}:
         return Speeds()
     if "avx2" in flags:
-        table = {form: tuple(v * _WITHOUT_VNNI.get(form, 1.0) for v in row) for form, row in _MEASURED.items()}
-        return Speeds(table, {}, "", "the speed is stated, not measured: that of a CPU with VNNI, u8·s8 at half of it")
+        without = {form: tuple(v * _WITHOUT_VNNI.get(form, 1.0) for v in row) for form, row in _MEASURED.items()}
+        return Speeds(
+            without, {}, "", "the speed is stated, not measured: that of a CPU with VNNI, u8·s8 at half of it"
+        )
     return _unknown(_UNKNOWN, "no speeds are known for this machine")
 
 
@@ -147,8 +169,8 @@ def cpu_flags() -> frozenset[str]:
 
 
 @cache
-def _read(file: Path, stamp: tuple[int, int]) -> Speeds | None:
-    """The table in a file, read once for each of its states; None when it is damaged."""
+def _read(file: Path, stamp: tuple[int, int], forms: frozenset[str]) -> Speeds | None:
+    """The table in a file, read once for each of its states; None when it is damaged or lacks one of the forms."""
     try:
         read = json.loads(file.read_text())
         table = {str(k): [float(v) for v in row] for k, row in read["table"].items()}
@@ -156,5 +178,5 @@ def _read(file: Path, stamp: tuple[int, int]) -> Speeds | None:
         found = Speeds(table, peaks, str(read["measured"]), joint_rows=int(read["joint_rows"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    whole = found.table.keys() >= _MEASURED.keys() and all(len(row) == len(ROWS) for row in found.table.values())
+    whole = found.table.keys() >= forms and all(len(row) == len(ROWS) for row in found.table.values())
     return found if whole else None

@@ -1,0 +1,83 @@
+"""The execution providers of ONNX Runtime that a session can run on: its own for CPUs, and OpenVINO.
+
+OpenVINO comes as a plugin (`pip install paretoc[openvino]`) and takes whole graphs of standard operators. It is faster
+than ONNX Runtime's own kernels where the CPU has AMX, most of all on convolutions (`benchmarks/onnxruntime_cpu.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Protocol
+
+import onnxruntime
+
+from ...compiler.errors import LoweringError
+
+
+class Provider(Protocol):
+    @property
+    def name(self) -> str:
+        """What ONNX Runtime calls it."""
+
+    @property
+    def table(self) -> str:
+        """What `speeds.py` calls its table."""
+
+    def arguments(self, options: onnxruntime.SessionOptions) -> dict[str, Any]:
+        """What else `InferenceSession` is given with these options, so that it runs on this provider. Raises
+        LoweringError where the provider is not installed."""
+
+
+class Cpu:
+    name = table = "CPUExecutionProvider"
+
+    def arguments(self, options: onnxruntime.SessionOptions) -> dict[str, Any]:
+        return {"providers": [self.name]}
+
+
+@dataclass(frozen=True)
+class OpenVino:
+    """`precision`: what floating operators may compute in, "f32" or "bf16"; where a CPU has no bf16, they stay in
+    f32."""
+
+    precision: str = "f32"
+    name: ClassVar[str] = "OpenVINOExecutionProvider"
+
+    @property
+    def table(self) -> str:
+        return f"{self.name}-{self.precision}"
+
+    def arguments(self, options: onnxruntime.SessionOptions) -> dict[str, Any]:
+        settings = {
+            "INFERENCE_PRECISION_HINT": self.precision,
+            "INFERENCE_NUM_THREADS": str(options.intra_op_num_threads),
+            "NUM_STREAMS": "1",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",  # activations are rounded where the program rounds them
+        }
+        options.add_provider_for_devices([_openvino_cpu()], {"load_config": json.dumps({"CPU": settings})})
+        return {"disabled_optimizers": _UNWANTED}
+
+
+#: it moves what rounds an activation up through views, where OpenVINO does not find it: 10 % of a ViT's time
+_UNWANTED = ["QDQPropagationTransformer"]
+
+
+@cache
+def _openvino_cpu() -> Any:
+    """The CPU as a device of OpenVINO's plugin, which a process registers once."""
+    try:
+        import onnxruntime_ep_openvino as plugin
+    except ImportError as error:
+        raise LoweringError(
+            "OpenVINO's plugin for ONNX Runtime is not installed",
+            where="target 'openvino'",
+            fix="pip install 'paretoc[openvino]', or compile with target='onnxruntime'",
+        ) from error
+    onnxruntime.register_execution_provider_library("paretoc.openvino", plugin.get_library_path())
+    devices = [d for d in onnxruntime.get_ep_devices() if d.ep_name == OpenVino.name]
+    return next(d for d in devices if d.ep_metadata.get("ov_device") == "CPU")
+
+
+CPU = Cpu()
