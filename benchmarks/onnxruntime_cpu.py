@@ -2,7 +2,9 @@
 
     python benchmarks/onnxruntime_cpu.py minilm bert vit resnet50 [--threads 2] [--runs 20]
 
-Peers: ONNX Runtime's own export and its two quantisers; OpenVINO with NNCF where they are installed. All contenders of
+Peers: ONNX Runtime's own export and its two quantisers; OpenVINO with NNCF where they are installed (`pip install
+openvino nncf`), computing in f32 and in what OpenVINO chooses, bf16 where the CPU can. paretoc: ONNX Runtime's own
+kernels, and with `paretoc[openvino]` installed OpenVINO's inside ONNX Runtime, in f32 and in bf16. All contenders of
 a row run interleaved in one process; the table gives medians, minima in brackets, multiples of PyTorch eager fp32
 (medians, minima) and the relative L2 error of the first output against PyTorch eager. paretoc compiles for the batch of
 a row, which decides on kernels; every model takes any batch. MiniLM has its real weights, the others random ones.
@@ -49,6 +51,10 @@ TRANSFORMER = {
     "W8A8 and attention": ["quantize:W8A8,attention=true"],
 }
 FOLDED = {"fp32": [], "W8A8 static": ["quantize:W8A8"]}
+#: target → what the table calls it
+_TARGETS = {"onnxruntime": "paretoc", "openvino": "paretoc/OV f32", "openvino-bf16": "paretoc/OV bf16"}
+#: recipes that targets other than ONNX Runtime's own kernels are measured with
+ELSEWHERE = ("fp32", "W8A8 static", "W8A8, smooth and bias")
 
 
 def workload_minilm() -> Workload:
@@ -173,8 +179,14 @@ def openvino_peer(load: Workload) -> Iterator[tuple[str, Callable[[dict[str, Ten
         converted, nncf.Dataset(load.calibration, lambda b: {k: v.numpy() for k, v in b.items()}), model_type=kind
     )
     settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-    for name, model in (("OpenVINO fp32", converted), ("OpenVINO, NNCF int8", quantised)):
-        compiled = openvino.Core().compile_model(model, "CPU", settings | {"INFERENCE_PRECISION_HINT": "f32"})
+    exact = settings | {"INFERENCE_PRECISION_HINT": "f32"}
+    for name, model, chosen in (
+        ("OpenVINO fp32", converted, exact),
+        ("OpenVINO bf16", converted, settings),
+        ("OpenVINO, NNCF int8", quantised, exact),
+        ("OpenVINO, NNCF int8, bf16", quantised, settings),
+    ):
+        compiled = openvino.Core().compile_model(model, "CPU", chosen)
         yield name, lambda feed, c=compiled: c({k: v.numpy() for k, v in feed.items()})[0]
 
 
@@ -189,9 +201,14 @@ def run(load: Workload, runs: int) -> None:
         peers |= dict(openvino_peer(load))
     for batch in load.batches:
         feed = {k: v[:batch].contiguous() for k, v in load.example.items()}
+        with_openvino = importlib.util.find_spec("onnxruntime_ep_openvino") is not None
         ours = {
-            f"paretoc {name}": pc.compile(load.model, passes, example_inputs=feed, calibration=load.calibration)
+            f"{_TARGETS[target]} {name}": pc.compile(
+                load.model, passes, example_inputs=feed, calibration=load.calibration, target=target
+            )
+            for target in (_TARGETS if with_openvino else ["onnxruntime"])
             for name, passes in load.recipes.items()
+            if target == "onnxruntime" or name in ELSEWHERE
         }
 
         def eager(feed: dict[str, Tensor] = feed) -> Any:
@@ -205,10 +222,10 @@ def run(load: Workload, runs: int) -> None:
         errors = {n: error(call(), reference) for n, call in calls.items()}
         times = interleaved(calls, runs)
         base = times["PyTorch eager fp32"]
-        print(f"\n{load.title}, batch {batch}\n{'':34s}{'ms':>9s} {'(min)':>9s}  × eager  (minima)  error")
+        print(f"\n{load.title}, batch {batch}\n{'':36s}{'ms':>9s} {'(min)':>9s}  × eager  (minima)  error")
         for name, (middle, least) in times.items():
             print(
-                f"  {name:32s}{middle:9.2f} ({least:7.2f})  {base[0] / middle:6.2f}    ({base[1] / least:5.2f})"
+                f"  {name:34s}{middle:9.2f} ({least:7.2f})  {base[0] / middle:6.2f}    ({base[1] / least:5.2f})"
                 f"   {errors[name]:.1e}",
                 flush=True,
             )

@@ -31,7 +31,8 @@ from ...compiler.sums import split_sums
 from .cache import CachedDecoder, row_by_row, share_cache
 from .denormals import FLUSHED, flushed
 from .integers import representable
-from .kernels import Placed, Profiled, explain_openvino, explain_session, predicted_rows
+from .kernels import Placed, Profiled, explain_session, predicted_rows
+from .kernels_openvino import explain_openvino
 from .lower import Lowering, required_opset
 from .nearest import nearest_fast
 from .optimise import optimise

@@ -234,7 +234,7 @@ class FoldedMatMul:
 
     def emit(self, lowering: Lowering, linear: Linear) -> ir.Value:
         weight = lowering.folded_weight(linear.node, linear.stored, linear.site)
-        return lowering.float_linear(linear.node, linear.x, weight, linear.bias)
+        return lowering.float_linear(linear.node, linear.x, weight, linear.bias, linear.site)
 
 
 class StoredMatMul:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx_ir as ir
 import onnxruntime
 
 from ...compiler.backend import Row
@@ -27,8 +26,6 @@ _FLOATING = {"MatMul": "fp32 MatMul", "Gemm": "fp32 Gemm", "FusedMatMul": "fp32 
 _FLOATING |= {"Conv": "fp32 Conv", "FusedConv": "fp32 FusedConv", "FusedMatMulActivation": "fp32 FusedMatMul"}
 #: operators that consume a weight, as opposed to decoding it
 _READERS = {*_INTEGER, *_FLOATING, "MatMulNBits", "GatherBlockQuantized"}
-#: what OpenVINO calls those of its operators
-_OPENVINO_READERS = ("FullyConnected", "MatMul", "Convolution", "Deconvolution", "Gather")
 _PROFILE_RUNS = 5
 
 
@@ -77,7 +74,7 @@ def explain_session(profiled: Profiled, sites: Sequence[Placed], convolved: Mapp
     """Look up every site in the optimised graph of ONNX Runtime's own provider; `convolved`: see `_by_site`."""
     with tempfile.TemporaryDirectory() as folder:
         profiled.options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        times = _medians(profiled.run(Path(folder)), "Node")
+        times = medians(profiled.run(Path(folder)), "Node")
         graph = onnx.load(profiled.options.optimized_model_filepath, load_external_data=False).graph
     nodes, speeds = _by_site(graph, sites, convolved), profiled.speeds
     work: dict[str, int] = defaultdict(int)  # of all sites that a node runs
@@ -88,61 +85,12 @@ def explain_session(profiled: Profiled, sites: Sequence[Placed], convolved: Mapp
     return [_row(site, nodes.get(site.path), taken.get(site.path), speeds) for site in sites if site.kind != "norm"]
 
 
-def explain_openvino(profiled: Profiled, sites: Sequence[Placed], graph: ir.Graph) -> list[Row]:
-    """Look up every site among the kernels that OpenVINO ran."""
-    with tempfile.TemporaryDirectory() as folder:
-        events = [e for e in profiled.run(Path(folder)) if e.get("cat") == "Kernel"]
-    times, ran = _medians(events, "Kernel"), {e["name"]: e["args"] for e in events}
-    kernels: dict[str, str] = {}  # name of a node → of the kernel: fusions append theirs, behind slashes
-    for kernel, args in ran.items():
-        name = kernel.removeprefix("OV::")
-        while name and args["ov_node_type"].startswith(_OPENVINO_READERS):
-            kernels.setdefault(name, kernel)
-            name = name.rpartition("/")[0]
-    named, rows = _openvino_names(graph, {site.path for site in sites}), []
-    for site in sites:
-        kernel = next((kernels[n] for n in named.get(site.path, ()) if n in kernels), "")
-        if site.kind != "norm":
-            rows.append(_openvino_row(site, ran.get(kernel), times.get(kernel), profiled.speeds))
-    return rows
-
-
-def _openvino_names(graph: ir.Graph, sites: Collection[str]) -> dict[str, list[str]]:
-    """Site → what the kernel that reads its weight may be called: like the first or the last of the nodes that it runs,
-    or like an output of the model."""
-    found: dict[str, list[str]] = {}
-    for node in graph:
-        if node.name in sites and node.name not in found:
-            names, last = [str(node.name)], node
-            while len(users := last.outputs[0].uses()) == 1 and users[0].node.name not in sites:
-                last = users[0].node
-                names.append(str(last.name))
-            found[str(node.name)] = [*names, str(last.outputs[0].name)]
-    return found
-
-
-def _openvino_row(site: Placed, kernel: Mapping[str, str] | None, taken: float | None, speeds: Speeds) -> Row:
-    if kernel is None:
-        note = "OpenVINO ran no kernel of its name"
-        return Row(site.path, site.encoding, "folded away or fused", False, note=note, macs=site.macs)
-    ran = kernel["ov_exec_type"]
-    integers, encoded = ran.lower().endswith(("i8", "u8")), site.encoding != "dense"
-    fast = encoded and (integers or site.kind == "embedding" or (site.speed or 0) >= MARGIN)
-    packed = kernel["ov_node_type"].endswith("Compressed")
-    why = "decoded as it is read, which is no faster for so many rows" if packed else _why_floating(site)
-    note = "" if fast or not encoded else f"not accelerated: {why}"
-    share = _roofline(site, taken, "int8" if integers else "fp32", speeds)
-    instead = "" if fast else site.instead
-    named = f"{kernel['ov_node_type']} ({ran})"
-    return Row(site.path, site.encoding, named, fast, taken, note, site.speed, share, site.macs, instead)
-
-
 def _share(times: Mapping[str, float], work: Mapping[str, int], name: str, macs: int) -> float | None:
     """The time of a node that falls to a site with so many of its MACs."""
     return times[name] * (macs / work[name] if work[name] else 1.0) if name in times else None
 
 
-def _roofline(site: Placed, taken: float | None, peak: str, speeds: Speeds) -> float | None:
+def roofline(site: Placed, taken: float | None, peak: str, speeds: Speeds) -> float | None:
     """The least time that the machine could need for a site, as a share of what it took."""
     if not taken or peak not in speeds.peaks:
         return None
@@ -150,7 +98,7 @@ def _roofline(site: Placed, taken: float | None, peak: str, speeds: Speeds) -> f
     return bound / 1e6 / taken if site.macs else 0.0
 
 
-def _medians(events: Sequence[Mapping[str, Any]], kind: str) -> dict[str, float]:
+def medians(events: Sequence[Mapping[str, Any]], kind: str) -> dict[str, float]:
     """Name of a node, or of a kernel → milliseconds of one run: the median over the profiled runs."""
     found: dict[str, list[float]] = defaultdict(list)
     for event in events:
@@ -201,7 +149,7 @@ def _row(site: Placed, node: onnx.NodeProto | None, taken: float | None, speeds:
         note = "no node of the optimised graph reads its weight"
         return Row(site.path, site.encoding, "folded away or fused", False, note=note)
     kernel, fast, note = _describe(node, site)
-    share = _roofline(site, taken, "int8" if _on_integers(node) else "fp32", speeds)
+    share = roofline(site, taken, "int8" if _on_integers(node) else "fp32", speeds)
     instead = "" if fast else site.instead
     speed = site.speed if speeds.known(site.form) else None
     note = note or (speeds.stated if site.form else "")
@@ -242,10 +190,10 @@ def _describe(node: onnx.NodeProto, site: Placed) -> tuple[str, bool, str]:
     kernel = _FLOATING.get(node.op_type, node.op_type)
     if not encoded:
         return kernel, False, ""
-    return kernel, False, f"not accelerated: {_why_floating(site)}"
+    return kernel, False, f"not accelerated: {why_floating(site)}"
 
 
-def _why_floating(site: Placed) -> str:
+def why_floating(site: Placed) -> str:
     if site.encoding.startswith("NM(") and ("values=" not in site.encoding or "values=Dense" in site.encoding):
         return "ONNX Runtime has no n:m kernel, the zeros are stored and multiplied"
     if site.kind == "conv" and site.activations == "static":

@@ -122,18 +122,22 @@ def test_four_bit_weights_keep_floating_activations(net: Net, tmp_path: Path) ->
     assert changed > 1e-4, "without the option the trap is open: this test must see it"
 
 
-def test_static_activations_are_unsigned(net: Net, tmp_path: Path) -> None:
-    """s8×s8 matmul has no fast path on x86 without AMX."""
-    build(net, ["quantize:W8A8"], "onnx").export_onnx(tmp_path / "model.onnx")
+def test_static_products_stand_between_quantisers(net: Net, tmp_path: Path) -> None:
+    """As compilers of any vendor know them; u8×s8, because s8×s8 has no fast path on x86 without AMX."""
+    compiled = build(net, ["quantize:W8A8,targets=Linear"], "onnx")
+    compiled.export_onnx(tmp_path / "model.onnx")
     model = onnx.load(tmp_path / "model.onnx")
     stored = {i.name: i.data_type for i in model.graph.initializer}
-    integer = [n for n in model.graph.node if n.op_type == "MatMulInteger"]
-    assert integer
-    for node in integer:
-        assert stored[node.input[1]] == onnx.TensorProto.INT8
-        assert stored[node.input[2]] == onnx.TensorProto.UINT8
-    quantisers = [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
-    assert quantisers and all(stored[n.input[2]] == onnx.TensorProto.UINT8 for n in quantisers)
+    made = {output: node for node in model.graph.node for output in node.output}
+    products = [n for n in model.graph.node if n.op_type == "MatMul"]
+    assert len(products) == 2
+    for product in products:
+        x, weight = (made[name] for name in product.input)
+        assert (x.op_type, weight.op_type) == ("DequantizeLinear", "DequantizeLinear")
+        assert stored[weight.input[0]] == onnx.TensorProto.INT8
+        assert made[x.input[0]].op_type == "QuantizeLinear" and stored[x.input[2]] == onnx.TensorProto.UINT8
+    run = [n.op_type for n in optimised(compiled, tmp_path).graph.node]
+    assert run.count("MatMulIntegerToFloat") == 2 and "MatMul" not in run
 
 
 def test_a_chain_of_static_convolutions_runs_on_integers() -> None:

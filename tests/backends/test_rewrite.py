@@ -20,6 +20,7 @@ from paretoc.backends.onnxruntime.rewrite_attention import (
     JointAttention,
     Rotary,
     RotaryInside,
+    TransposedKeys,
     VisibleRows,
 )
 from paretoc.backends.onnxruntime.rewrite_codes import (
@@ -271,6 +272,61 @@ def test_a_mask_turned_round_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewrite_attention, "stored", lambda op, name, value: stored(op, name, -value - np.float32(1)))
     with pytest.raises(AssertionError):
         _equal(AddedMask, _attention(mask=", m"))
+
+
+def _keys(joined: str = "minus, tokens, width", parted: str = "lead, width, tokens", perm: str = "0, 2, 1") -> str:
+    """Keys turned as PyTorch's exporter turns them: B and H joined, and parted again."""
+    return f"""g (float[B,3,T,4] k) => (float[B,3,R,C] y) {{
+    shape = Shape(k)
+    first = Constant<value_ints=[-9223372036854775808]>()
+    two = Constant<value_ints=[-2]>()
+    one = Constant<value_ints=[-1]>()
+    end = Constant<value_ints=[9223372036854775807]>()
+    minus = Constant<value_ints=[-1]>()
+    lead = Slice(shape, first, two)
+    tokens = Slice(shape, two, one)
+    width = Slice(shape, one, end)
+    joined = Concat<axis=0>({joined})
+    parted = Concat<axis=0>({parted})
+    flat = Reshape(k, joined)
+    turned = Transpose<perm=[{perm}]>(flat)
+    y = Reshape(turned, parted)
+}}"""
+
+
+def test_keys_turn_where_they_stand() -> None:
+    assert [op for op in _equal(TransposedKeys, _keys()) if op in ("Reshape", "Transpose")] == ["Transpose"]
+
+
+def test_keys_of_fixed_sizes_turn_too() -> None:
+    text = """g (float[2,3,5,4] k) => (float[2,3,4,5] y) {
+        joined = Constant<value_ints=[6, 5, 4]>()
+        parted = Constant<value_ints=[2, 3, 4, 5]>()
+        flat = Reshape(k, joined)
+        turned = Transpose<perm=[0, 2, 1]>(flat)
+        y = Reshape(turned, parted)
+    }"""
+    assert "Reshape" not in _equal(TransposedKeys, text)
+    other = text.replace("[2, 3, 4, 5]", "[3, 2, 4, 5]").replace("float[2,3,4,5] y", "float[3,2,4,5] y")
+    assert "trade places" in _reason(TransposedKeys, other)
+
+
+@pytest.mark.parametrize(
+    "given", [{"joined": "minus, width, tokens"}, {"parted": "lead, tokens, width"}, {"parted": "minus, width, tokens"}]
+)
+def test_what_is_joined_otherwise_is_not_keys(given: dict[str, str]) -> None:
+    assert "trade places" in _reason(TransposedKeys, _keys(**given))
+
+
+def test_keys_that_are_not_apart_are_not_keys() -> None:
+    flat = _keys().replace("float[B,3,T,4] k", "float[B,T,4] k").replace("float[B,3,R,C] y", "float[B,R,C] y")
+    assert "[B, H, T, D]" in _reason(TransposedKeys, flat)
+
+
+def test_keys_turned_wrongly_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TransposedKeys, "rewrite", lambda _, op, k, **__: op.Transpose(k, perm=[0, 1, 2, 3]))
+    with pytest.raises(AssertionError):
+        _equal(TransposedKeys, _keys())
 
 
 def _attention(split: str = "0, 0, 3, 4", mask: str = "", joined: str = "0, 0, 12", extra: str = "") -> str:

@@ -14,6 +14,7 @@ from paretoc.backends.onnxruntime.speeds import MARGIN, ROWS, Speeds, cache_file
 SCHEMES = {
     "DynamicMatMul": "W8A8-dynamic",
     "SharedMatMul": "W8A8",
+    "RoundedMatMul": "W8A8",
     "IntegerMatMul": "W8A8-dynamic,granularity=token",
     "GroupMatMul": "W4A8",
     "BlockMatMul": "W4A16",
@@ -116,6 +117,22 @@ def test_where_no_speed_is_known_the_order_of_the_table_chooses(monkeypatch):
     assert cuda.table.keys() == FORMS.keys() and "CUDA" in cuda.stated
     assert cuda.fastest(["IntegerMatMul", "StoredMatMul", "FoldedMatMul"], 16) == "FoldedMatMul"
     assert cuda.fastest(["BlockMatMul", "StoredMatMul"], 1) == "BlockMatMul"
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_openvino_has_a_table_of_its_own(precision, monkeypatch):
+    """Of the forms with standard operators; whatever is known of it, a static product is QDQ."""
+    name = f"OpenVINOExecutionProvider-{precision}"
+    standard = {form for form in FORMS if FORMS[form].standard}
+    for flags in (("avx2", "amx_int8"), ("avx2", "avx512_vnni")):
+        monkeypatch.setattr(speeds, "cpu_flags", lambda flags=flags: frozenset(flags))
+        table = load_speeds(name)
+        assert table.table.keys() == standard and bool(table.stated) is ("amx_int8" not in flags)
+        fitting = [form for form in FORMS if form in standard]
+        assert all(table.fastest(fitting, rows) == "RoundedMatMul" for rows in ROWS)
+    kept = {form: (7.0,) * len(ROWS) for form in standard}
+    Speeds(kept).save(name)
+    assert load_speeds(name).of("IntegerMatMul", 1) == 7.0 and load_speeds() == shipped()
 
 
 def test_the_flags_are_those_of_the_cpu(monkeypatch):

@@ -1,0 +1,209 @@
+"""target="openvino": ONNX Runtime sessions on OpenVINO's provider, and what `explain()` says of its kernels."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import paretoc as pc
+import pytest
+import torch
+from paretoc.backends import OpenVino
+from paretoc.backends.onnxruntime import kernels, kernels_openvino, probe, providers
+from paretoc.backends.onnxruntime.executable import OnnxExecutable
+from paretoc.backends.onnxruntime.speeds import shipped
+from torch import nn
+
+pytest.importorskip(
+    "onnxruntime_ep_openvino", reason="OpenVINO's plugin is not installed: pip install paretoc[openvino]"
+)
+TARGETS = ("openvino", "openvino-bf16")
+
+
+class Net(nn.Module):
+    """An embedding, a residual attention, convolutions and a head: one of each kind of site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 32)
+        self.norm = nn.LayerNorm(32)
+        self.query, self.key, self.value, self.out = (nn.Linear(32, 32) for _ in range(4))
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.first, self.second = nn.Conv1d(32, 32, 3, padding=1), nn.Conv1d(32, 32, 1)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.embed(ids)
+        y = self.norm(x)
+        parts = (layer(y).unflatten(-1, (4, 8)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        x = x + self.out(nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
+        x = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        z = self.second(self.first(x.transpose(1, 2)).relu())
+        return self.head(z.mean(-1)), x
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+IDS = (torch.arange(2 * 9).reshape(2, 9) * 7) % 50
+SITES = {"query", "key", "value", "out", "up", "down", "first", "second", "head"}
+
+
+def build(net: Net, recipe: list[str], target: str = "openvino") -> pc.CompiledModel:
+    return pc.compile(net, recipe, example_inputs=IDS, calibration=[IDS], target=target, verify=False)
+
+
+def executable(compiled: pc.CompiledModel) -> OnnxExecutable:
+    found = compiled._compiled().executable
+    assert isinstance(found, OnnxExecutable)
+    return found
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+RECIPES = [
+    [],
+    ["quantize:W8A8,embeddings=true"],
+    ["quantize:W8A8-dynamic"],
+    ["quantize:W8A8-dynamic,granularity=token"],
+    ["quantize:W8A16"],
+    ["quantize:W4A16,group_size=16"],
+    ["quantize:W4A8,group_size=16"],
+    ["quantize:W8A8,attention=true"],
+    ["prune_nm:2:4", "quantize:W8A8"],
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=" + ".join)
+def test_equals_the_eager_reference(net: Net, recipe: list[str]) -> None:
+    compiled = build(net, recipe)
+    assert executable(compiled).session.get_providers()[0] == "OpenVINOExecutionProvider"
+    for batch in (1, 5):
+        ids = (torch.arange(batch * 9).reshape(batch, 9) * 3) % 50
+        for got, want in zip(compiled(ids), compiled.program(ids), strict=True):
+            assert got.shape == want.shape
+            # float32 sums in another order; a rounding that falls the other way is a step of 1/255
+            assert relative(got, want) < (2e-2 if "A8" in str(recipe) else 1e-5)
+
+
+def test_the_comparison_sees_other_weights(net: Net) -> None:
+    torch.manual_seed(1)
+    compiled, other = build(net, []), build(Net().eval(), [])
+    assert relative(compiled(IDS)[1], other.program(IDS)[1]) > 0.5
+
+
+def test_floating_operators_round_to_bf16_only_where_it_was_asked_for(net: Net) -> None:
+    exact, rounded = (build(net, [], target) for target in TARGETS)
+    want = exact.program(IDS)[1]
+    assert relative(exact(IDS)[1], want) < 1e-5
+    assert relative(rounded(IDS)[1], want) < 1e-2, "bf16 has 8 bits, of which sums average the errors out"
+    assert executable(rounded).provider == providers.OpenVino("bf16")
+
+
+def test_every_site_is_found_and_static_ones_run_on_integers(net: Net) -> None:
+    rows = {row.site: row for row in build(net, ["quantize:W8A8,embeddings=true"]).explain().rows}
+    assert rows.keys() == SITES | {"embed"}
+    assert all(row.accelerated and row.milliseconds is not None and not row.note for row in rows.values())
+    assert all(row.kernel.lower().endswith(("i8)", "u8)")) for row in rows.values())
+
+
+def test_a_site_that_is_not_accelerated_is_said_to_be_so(net: Net) -> None:
+    rows = {row.site: row for row in build(net, ["quantize:W8A8-dynamic"]).explain().rows}
+    for site in ("first", "second"):
+        assert not rows[site].accelerated and "known beforehand" in rows[site].note
+    assert "folded" not in "".join(row.kernel for row in rows.values())
+    dense = {row.site: row for row in build(net, []).explain().rows}
+    assert dense.keys() == SITES | {"embed"} and not any(row.accelerated for row in dense.values())
+    assert all(row.kernel.endswith("f32)") and not row.note for row in dense.values())
+
+
+def _explained(events: list[tuple[str, str, str]], site: str = "up") -> Any:
+    """The row of a site, given the kernels that ran: names, operators, how they were executed."""
+    made = [
+        {"cat": "Kernel", "name": f"OV::{name}", "dur": 2000, "args": {"ov_node_type": node, "ov_exec_type": ran}}
+        for name, node, ran in events
+    ]
+    profiled = mock.Mock(speeds=shipped(providers.OpenVino().table), run=lambda _: made)
+    placed = kernels.Placed(site, "Affine(8)", "linear", "static", 1000, 1000)
+    nodes = ('["up"] m = MatMul(x, w)', '["sum"] s = Add(m, b)', "y = Gelu(s)")
+    graph = onnx.parser.parse_graph(
+        "g (float[2,4] x, float[4,4] w, float[4] b) => (float[2,4] y) {" + "\n".join(nodes) + "}"
+    )
+    return kernels_openvino.explain_openvino(profiled, [placed], ir.from_proto(graph))[0]
+
+
+@pytest.mark.parametrize("name", ["up", "sum", "y", "y_original", "up/MatMulAddFusion/WithoutBiases"])
+def test_a_kernel_is_named_after_what_it_runs(name: str) -> None:
+    row = _explained([("other", "FullyConnected", "jit_I8"), (name, "FullyConnected", "brgemm_I8")])
+    assert (row.kernel, row.accelerated, row.milliseconds) == ("FullyConnected (brgemm_I8)", True, 2.0)
+
+
+def test_what_ran_elsewhere_is_not_taken_for_the_site() -> None:
+    assert "no kernel" in _explained([("sum", "Add", "jit_I8"), ("other", "FullyConnected", "jit_I8")]).note
+    row = _explained([("up", "FullyConnected", "jit_avx512_f32")])
+    assert not row.accelerated and "not accelerated" in row.note
+
+
+def test_saved_and_loaded_it_runs_on_openvino_again(net: Net, tmp_path: Path) -> None:
+    for target in TARGETS:
+        compiled = build(net, ["quantize:W8A8"], target)
+        compiled.save(tmp_path / target)
+        loaded = pc.load(tmp_path / target)
+        assert loaded.executable.provider == executable(compiled).provider
+        for got, want in zip(loaded(IDS), compiled(IDS), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_the_file_holds_standard_operators_and_runs_anywhere(net: Net, tmp_path: Path) -> None:
+    compiled = build(net, ["quantize:W8A8"])
+    compiled.export_onnx(tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    assert {entry.domain for entry in model.opset_import} == {""}
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {"ids": IDS.numpy()})
+    for got, want in zip(found, compiled(IDS), strict=True):
+        assert np.linalg.norm(got - want.numpy()) < 1e-2 * np.linalg.norm(want.numpy())
+
+
+def test_a_language_model_generates_the_same_tokens() -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
+        vocab_size=60, max_position_embeddings=64,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(3, 60, (2, 7))
+    compiled = pc.compile(pc.CausalLM(model), [], target="openvino", verify=False)
+    got = compiled.generate(ids, max_new_tokens=8, eos_token_id=[])
+    want = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=2, eos_token_id=[])
+    assert torch.equal(got, want)
+
+
+def test_without_the_plugin_it_says_what_to_install(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_openvino", None)
+    monkeypatch.setattr(providers, "_openvino_cpu", providers._openvino_cpu.__wrapped__)  # what is registered stays so
+    with pytest.raises(pc.LoweringError, match=r"paretoc\[openvino\]"):
+        build(net, [])(IDS)
+
+
+def test_calibration_measures_the_standard_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARETOC_CACHE", str(tmp_path))
+    monkeypatch.setattr(probe, "_WIDTH", 64)
+    monkeypatch.setattr(probe, "_LAYERS", 1)
+    kept = OpenVino("bf16").calibrate()
+    assert kept.speeds.keys() == {"RoundedMatMul", "IntegerMatMul", "StoredMatMul"}
+    assert all(speed > 0 for row in kept.speeds.values() for speed in row.values())
+    assert kept.kept.name.endswith("OpenVINOExecutionProvider-bf16.json")
