@@ -41,11 +41,11 @@ def _names(graph: ir.Graph, sites: Collection[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for node in graph:
         if node.name in sites and node.name not in found:
-            names, last = [str(node.name)], node
+            last, names = node, [node.name, node.outputs[0].name]
             while len(users := last.outputs[0].uses()) == 1 and users[0].node.name not in sites:
                 last = users[0].node
-                names.append(str(last.name))
-            found[str(node.name)] = [*names, str(last.outputs[0].name)]
+                names += [last.name, last.outputs[0].name]
+            found[node.name] = [str(name) for name in names]
     return found
 
 

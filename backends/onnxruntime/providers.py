@@ -67,17 +67,23 @@ _UNWANTED = ["QDQPropagationTransformer"]
 @cache
 def _openvino_cpu() -> Any:
     """The CPU as a device of OpenVINO's plugin, which a process registers once."""
+    fix = "pip install 'paretoc[openvino]', or compile with target='onnxruntime'"
     try:
-        import onnxruntime_ep_openvino as plugin
+        if not _openvino_devices():
+            import onnxruntime_ep_openvino as plugin
+
+            onnxruntime.register_execution_provider_library("paretoc.openvino", plugin.get_library_path())
+        return next(d for d in _openvino_devices() if d.ep_metadata.get("ov_device") == "CPU")
     except ImportError as error:
-        raise LoweringError(
-            "OpenVINO's plugin for ONNX Runtime is not installed",
-            where="target 'openvino'",
-            fix="pip install 'paretoc[openvino]', or compile with target='onnxruntime'",
-        ) from error
-    onnxruntime.register_execution_provider_library("paretoc.openvino", plugin.get_library_path())
-    devices = [d for d in onnxruntime.get_ep_devices() if d.ep_name == OpenVino.name]
-    return next(d for d in devices if d.ep_metadata.get("ov_device") == "CPU")
+        what = "OpenVINO's plugin for ONNX Runtime is not installed"
+        raise LoweringError(what, where="target 'openvino'", fix=fix) from error
+    except Exception as error:  # ONNX Runtime has no class of its own for what a plugin refuses
+        what = f"OpenVINO's plugin does not start in ONNX Runtime {onnxruntime.__version__}: {error!r}".splitlines()[0]
+        raise LoweringError(what, where="target 'openvino'", fix=fix) from error
+
+
+def _openvino_devices() -> list[Any]:
+    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == OpenVino.name]
 
 
 CPU = Cpu()

@@ -18,7 +18,7 @@ from .rewrite_attention import (
     RotaryInside,
     TransposedKeys,
     VisibleRows,
-)  # fmt: skip
+)
 from .rewrite_codes import EmptyPad, PaddedConvolution, SaturatedClip, ScaledCodes, SignedFactor, SignedKeys
 from .rewrite_norms import ResidualSum, RootMeanSquareNorm, SkipRootMeanSquareNorm
 from .rule import STANDARD, Rule, Target

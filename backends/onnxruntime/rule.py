@@ -108,13 +108,7 @@ def asked_of(shape: ir.Value | None, x: ir.Value) -> list[int | str | None]:
     if node is not None and node.op_type == "Slice" and len(node.inputs) < 5:
         whole = node.inputs[0].producer() if node.inputs[0] is not None else None
         start, end = (number_of(v) if v is not None else None for v in node.inputs[1:3])
-        of_x = whole is not None and whole.op_type == "Shape" and whole.inputs[0] is x
-        if of_x and not _from(whole) and start is not None and end is not None:
-            return list(sizes_of(x)[int(start) : int(end)])
+        if whole is not None and whole.op_type == "Shape" and whole.inputs[0] is x and start is not None:
+            entire = whole.attributes.get_int("start", 0) == 0 and "end" not in whole.attributes
+            return list(sizes_of(x)[int(start) : int(end)]) if entire and end is not None else [None]
     return [None]
-
-
-def _from(shape: ir.Node | None) -> int:
-    """The axis with which a Shape begins; −1 where it ends before the last."""
-    assert shape is not None
-    return -1 if "end" in shape.attributes else shape.attributes["start"].as_int() if "start" in shape.attributes else 0

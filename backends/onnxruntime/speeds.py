@@ -47,7 +47,7 @@ _JOINT_ROWS = 256
 _WITH_AMX = {
     "DynamicMatMul": (1.7, 2.8, 3.6),
     "SharedMatMul": (1.9, 3.1, 3.9),
-    "RoundedMatMul": (2.0, 3.1, 3.9),
+    "RoundedMatMul": (1.9, 3.1, 3.9),
     "IntegerMatMul": (1.7, 2.5, 2.3),
     "GroupMatMul": (2.2, 1.3, 0.82),
     "BlockMatMul": (1.75, 1.0, 1.0),
@@ -64,11 +64,13 @@ _OPENVINO_PEAKS = {"f32": _AMX_PEAKS, "bf16": {**_AMX_PEAKS, "fp32": 1750.0}}
 #: of the machine of the table: 10⁹ operations a second, 10⁹ bytes a second
 _PEAKS = {"int8": 890.0, "fp32": 225.0, "memory": 37.0}
 #: form → the share of its speed that is left without VNNI
-_WITHOUT_VNNI = {"DynamicMatMul": 1 / 2, "SharedMatMul": 1 / 2, "RoundedMatMul": 1 / 2, "IntegerMatMul": 1 / 2}
-_WITHOUT_VNNI["GroupMatMul"] = 2 / 3
+_WITHOUT_VNNI = dict.fromkeys(("DynamicMatMul", "SharedMatMul", "RoundedMatMul", "IntegerMatMul"), 1 / 2)
+_WITHOUT_VNNI |= {"GroupMatMul": 2 / 3}
 #: the forms of which the CUDA provider has the operators come first: the others run on the CPU, between two copies
-_CUDA = ("BlockMatMul", "FoldedMatMul", "StoredMatMul", "RoundedMatMul", "GroupMatMul", "SharedMatMul", "IntegerMatMul")
-_CUDA += ("DynamicMatMul",)
+_CUDA = (
+    "BlockMatMul", "FoldedMatMul", "StoredMatMul",
+    "RoundedMatMul", "GroupMatMul", "SharedMatMul", "IntegerMatMul", "DynamicMatMul",
+)  # fmt: skip
 #: with the weights decoded once before they are decoded at every call
 _UNKNOWN = (*list(_MEASURED)[:-2], "FoldedMatMul", "StoredMatMul")
 _OPENVINO_UNKNOWN = ("RoundedMatMul", "StoredMatMul", "IntegerMatMul")
@@ -79,7 +81,8 @@ _CPU = "CPUExecutionProvider"
 @dataclass(frozen=True)
 class Speeds:
     """Form → multiples of fp32 at `ROWS`, or nothing where they are not known; `measured` says on what, or `stated`
-    from where. `peaks` are the rates of the roofline, where they are known."""
+    from where. `peaks` are the rates of the roofline, where they are known, "fp32" of products of floats in whatever
+    precision the provider computes them."""
 
     table: Mapping[str, Sequence[float]] = field(default_factory=lambda: _MEASURED)
     peaks: Mapping[str, float] = field(default_factory=lambda: _PEAKS)

@@ -192,11 +192,15 @@ def test_a_language_model_generates_the_same_tokens() -> None:
     assert torch.equal(got, want)
 
 
-def test_without_the_plugin_it_says_what_to_install(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missing", [True, False])
+def test_without_the_plugin_it_says_what_to_install(net: Net, missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or with one that offers no CPU."""
+    monkeypatch.setattr(providers, "_openvino_cpu", providers._openvino_cpu.__wrapped__)
+    monkeypatch.setattr(providers, "_openvino_devices", lambda: [] if missing else [mock.Mock(ep_metadata={})])
     monkeypatch.setitem(sys.modules, "onnxruntime_ep_openvino", None)
-    monkeypatch.setattr(providers, "_openvino_cpu", providers._openvino_cpu.__wrapped__)  # what is registered stays so
-    with pytest.raises(pc.LoweringError, match=r"paretoc\[openvino\]"):
+    with pytest.raises(pc.LoweringError, match="not installed" if missing else "does not start") as caught:
         build(net, [])(IDS)
+    assert "paretoc[openvino]" in str(caught.value)
 
 
 def test_calibration_measures_the_standard_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
