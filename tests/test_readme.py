@@ -87,7 +87,7 @@ def test_the_recipe_shown_parses(text: str, tmp_path: Path) -> None:
 
 
 def test_the_tables_name_every_pass_and_target(text: str) -> None:
-    named = set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE))
+    named = set(re.findall(r"^\| `([\w-]+)`", text, re.MULTILINE))
     built_in = {name for name, cls in registry().passes.items() if cls.__module__.startswith("paretoc.")}
     assert built_in <= named
     assert {name for name, b in registry().backends.items() if type(b).__module__.startswith("paretoc.")} <= named
