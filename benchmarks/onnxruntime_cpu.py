@@ -1,6 +1,6 @@
 """Latency and error on a CPU: paretoc on ONNX Runtime against PyTorch and the public quantisers, model by model.
 
-    python benchmarks/onnxruntime_cpu.py minilm bert vit resnet50 [--threads 2] [--runs 20]
+    python benchmarks/onnxruntime_cpu.py minilm bert vit resnet50 [--threads 2] [--runs 20] [--only "NNCF|W8A8"]
 
 Peers: ONNX Runtime's own export and its two quantisers; OpenVINO with NNCF where they are installed (`pip install
 openvino nncf`), computing in f32 and in what OpenVINO chooses, bf16 where the CPU can. paretoc: ONNX Runtime's own
@@ -13,6 +13,7 @@ a row, which decides on kernels; every model takes any batch. MiniLM has its rea
 from __future__ import annotations
 
 import importlib.util
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -190,15 +191,18 @@ def openvino_peer(load: Workload) -> Iterator[tuple[str, Callable[[dict[str, Ten
         yield name, lambda feed, c=compiled: c({k: v.numpy() for k, v in feed.items()})[0]
 
 
-def run(load: Workload, runs: int) -> None:
+def run(load: Workload, runs: int, only: str) -> None:
+    def wanted(name: str) -> bool:
+        return bool(re.search(only, name))
+
     with tempfile.TemporaryDirectory() as folder:
         peers: dict[str, Callable[[dict[str, Tensor]], Any]] = {}
-        for name, started in ort_peers(load, Path(folder)):
+        for name, started in ort_peers(load, Path(folder)) if wanted("ORT ") else ():
             known = {i.name for i in started.get_inputs()}
             peers[name] = lambda feed, s=started, known=known: s.run(
                 None, {k: v.numpy() for k, v in feed.items() if k in known}
             )
-        peers |= dict(openvino_peer(load))
+        peers |= {name: call for name, call in openvino_peer(load) if wanted(name)}
     for batch in load.batches:
         feed = {k: v[:batch].contiguous() for k, v in load.example.items()}
         with_openvino = importlib.util.find_spec("onnxruntime_ep_openvino") is not None
@@ -208,7 +212,7 @@ def run(load: Workload, runs: int) -> None:
             )
             for target in (_TARGETS if with_openvino else ["onnxruntime"])
             for name, passes in load.recipes.items()
-            if target == "onnxruntime" or name in ELSEWHERE
+            if (target == "onnxruntime" or name in ELSEWHERE) and wanted(f"{_TARGETS[target]} {name}")
         }
 
         def eager(feed: dict[str, Tensor] = feed) -> Any:
@@ -237,10 +241,11 @@ if __name__ == "__main__":
     parser = arguments(__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(WORKLOADS)}; all without one")
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--only", default="", help="contenders whose names match this regular expression")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     for name in chosen.models or WORKLOADS:
         if name not in WORKLOADS:
             parser.error(f"there is no model {name!r}, there are {', '.join(WORKLOADS)}")
         torch.manual_seed(0)
-        run(WORKLOADS[name](), chosen.runs)
+        run(WORKLOADS[name](), chosen.runs, chosen.only)
