@@ -296,7 +296,7 @@ def test_calibration_is_cut_into_batches_of_eight(run: Run, folder: Path, suffix
 def test_arrays_without_names_are_positional(run: Run, folder: Path) -> None:
     np.savez(folder / "x.npz", np.ones((3, 64)))
     _, out, _ = run("bench zoo:model_only --target eager --runs 1 --example x.npz")
-    assert out.splitlines()[-1] == "inputs: x float32[3, 64]"
+    assert "inputs: x float32[3, 64]" in out.splitlines()
 
 
 def test_objects_in_a_file_are_refused(folder: Path) -> None:
@@ -414,6 +414,8 @@ def test_plugins_lists_what_is_installed(run: Run) -> None:
         "eager",
         "onnx",
         "onnxruntime",
+        "openvino",
+        "openvino-bf16",
         "triton",
     ]
 
