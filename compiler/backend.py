@@ -129,6 +129,11 @@ def prepares(backend: Backend) -> tuple[str, ...]:
     return tuple(getattr(backend, "prepares", ()))
 
 
+def notes(backend: Backend) -> tuple[str, ...]:
+    """What a report must tell of whatever runs on a backend: its `notes`."""
+    return tuple(getattr(backend, "notes", ()))
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Per site: encoding, kernel, accelerated, milliseconds."""

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from . import cost as costs
 from .backend import Executable, Explanation, Predicting, Row
+from .backend import notes as backend_notes
 from .registry import registry
 from .sensitivity import Sensitivity
 from .slower import measured_slower, predicted_slower
@@ -161,7 +162,7 @@ def build_report(done: Compilation, *, latency: bool) -> Report:
         passes=[_entry(record) for record in done.records],
         latency=times,
         metric=metric,
-        notes=done.program.notes,
+        notes=[*done.program.notes, *backend_notes(registry().backend(done.options.target))],
         stored_bytes=done.executable.stored_bytes(),
         warnings=[slower] if slower else [],
     )

@@ -60,6 +60,10 @@ class OpenVino(Onnx):
     def __init__(self, precision: str = "f32") -> None:
         self.precision = precision
         self.name = "openvino" if precision == "f32" else f"openvino-{precision}"
+        #: fidelity is measured on the program, which knows nothing of it
+        self.notes = (
+            () if precision == "f32" else (f"floating operators compute in {precision}; fidelity is without it",)
+        )
 
     def provider(self) -> Provider:
         from . import providers

@@ -55,7 +55,8 @@ _WITH_AMX = {
     "FoldedMatMul": (1.0, 1.0, 1.0),
 }
 _AMX_PEAKS = {"int8": 2065.0, "fp32": 375.0, "memory": 26.0}
-#: OpenVINO on the same CPU, by the precision of its floating operators: multiples of its own MatMul, and peaks
+#: OpenVINO on the same CPU, by the precision of its floating operators: multiples of its own MatMul,
+#: means of two measurements, and peaks
 _OPENVINO = {
     "f32": {"RoundedMatMul": (2.0, 2.8, 5.3), "IntegerMatMul": (0.73, 0.61, 0.75), "StoredMatMul": (1.9, 0.85, 1.1)},
     "bf16": {"RoundedMatMul": (1.3, 1.3, 1.75), "IntegerMatMul": (0.55, 0.33, 0.3), "StoredMatMul": (1.4, 0.75, 0.95)},
@@ -126,12 +127,13 @@ def cache_file(table: str = _CPU) -> Path:
 def load_speeds(table: str = _CPU) -> Speeds:
     """The table of a provider measured on this machine with this ONNX Runtime, else the one that ships for such a
     machine."""
+    default = shipped(table)
     try:
         file = cache_file(table)
         status = file.stat()
     except OSError:
-        return shipped(table)
-    return _read(file, (status.st_mtime_ns, status.st_ino), frozenset(shipped(table).table)) or shipped(table)
+        return default
+    return _read(file, (status.st_mtime_ns, status.st_ino), frozenset(default.table)) or default
 
 
 def shipped(table: str = _CPU) -> Speeds:

@@ -109,6 +109,7 @@ def test_floating_operators_round_to_bf16_only_where_it_was_asked_for(net: Net) 
     assert relative(exact(IDS)[1], want) < 1e-5
     assert relative(rounded(IDS)[1], want) < 1e-2, "bf16 has 8 bits, of which sums average the errors out"
     assert executable(rounded).provider == providers.OpenVino("bf16")
+    assert "compute in bf16" in str(rounded.report()) and "compute in bf16" not in str(exact.report())
 
 
 def test_every_site_is_found_and_static_ones_run_on_integers(net: Net) -> None:

@@ -296,7 +296,8 @@ def test_calibration_is_cut_into_batches_of_eight(run: Run, folder: Path, suffix
 def test_arrays_without_names_are_positional(run: Run, folder: Path) -> None:
     np.savez(folder / "x.npz", np.ones((3, 64)))
     _, out, _ = run("bench zoo:model_only --target eager --runs 1 --example x.npz")
-    assert "inputs: x float32[3, 64]" in out.splitlines()
+    lines = [line for line in out.splitlines() if not line.startswith("warning: ")]  # one run may seem slower
+    assert lines[-1] == "inputs: x float32[3, 64]"
 
 
 def test_objects_in_a_file_are_refused(folder: Path) -> None:
