@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .program import Program, argument, operands, shape_of
+from .program import Program, argument, operands, origin, shape_of
 from .sites import MATMUL, AttentionSite
 
 aten = torch.ops.aten
@@ -51,7 +51,7 @@ def decompose(program: Program, site: AttentionSite) -> fx.Node:
 
     def call(target: Any, *arguments: Any, **options: Any) -> fx.Node:
         node = graph.call_function(target, arguments, options)
-        node.meta.update({k: fused.meta[k] for k in ("nn_module_stack", "stack_trace") if k in fused.meta})
+        node.meta.update(origin(fused))
         return node
 
     with graph.inserting_before(fused):

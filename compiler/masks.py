@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .program import Program, operands, shape_of
+from .program import Program, operands, origin, shape_of
 from .sites import ADD, SDPA
 
 aten = torch.ops.aten
@@ -107,7 +107,7 @@ def _leading(node: fx.Node) -> fx.Node | None:
 
 def _call(target: Any, source: fx.Node, *arguments: Any) -> fx.Node:
     node = source.graph.call_function(target, (source, *arguments))
-    node.meta = {k: v for k, v in source.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    node.meta.update(origin(source))
     literal = [a.meta["val"] if isinstance(a, fx.Node) else a for a in arguments]
     node.meta["val"] = target(source.meta["val"], *literal)
     return node

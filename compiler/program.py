@@ -497,6 +497,11 @@ def source_line(node: fx.Node) -> str:
     return f"{file.strip(chr(34))}:{line.removeprefix('line ')} {' '.join(rest)}"
 
 
+def origin(node: fx.Node) -> dict[str, Any]:
+    """The part of a node's `meta` that says which module and which line of the user's source it comes from."""
+    return {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+
+
 def describe(node: fx.Node) -> str:
     """A node for an error message: operator, module path, source line."""
     parts = [f"node {node.name} ({node.target})"]

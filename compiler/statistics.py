@@ -88,8 +88,13 @@ class Histogram(Statistic):
     bins: int = 8192
 
     def update(self, state: Any, *values: Tensor) -> Any:
-        x = values[0].detach().float().flatten()
-        x = x[(x != 0) & x.isfinite()]
+        return self._count(state, values[0].detach().float())
+
+    def _count(self, state: Any, x: Tensor, importance: Tensor | None = None) -> Any:
+        """Each value counts once, or as often as `importance` says, whole numbers that broadcast to x."""
+        counted = (x != 0) & x.isfinite()
+        often = None if importance is None else importance.expand_as(x)[counted]
+        x = x[counted]
         low, high, counts, exponent = state or (0.0, 0.0, torch.zeros(1, dtype=torch.float64), _LEAST_EXPONENT)
         first = math.floor(low / 2.0**exponent)
         if len(x):
@@ -98,7 +103,7 @@ class Histogram(Statistic):
         start, stop = (math.floor(bound / 2.0**wider) for bound in (low, high))
         merged = torch.zeros(stop - start + 1, dtype=torch.float64)
         merged.index_add_(0, (torch.arange(first, first + len(counts)) >> wider - exponent) - start, counts)
-        merged += torch.bincount((x.double() * 2.0**-wider).floor().long() - start, minlength=len(merged))
+        merged += torch.bincount((x.double() * 2.0**-wider).floor().long() - start, often, minlength=len(merged))
         return low, high, merged, wider
 
     def _exponent(self, low: float, high: float, least: int) -> int:
@@ -118,6 +123,33 @@ class Histogram(Statistic):
 
 #: of the smallest normal float32
 _LEAST_EXPONENT = -126
+
+
+@dataclass(frozen=True)
+class WeightedHistogram(Histogram):
+    """A histogram in which a value counts as much as a change of it does in what layers make of it: Σ‖W_:c‖² over the
+    channel's columns of their `weights`, in 2⁻¹⁶ of the largest so that sums stay exact."""
+
+    weights: tuple[str, ...] = field(kw_only=True)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        return (self.node, *self.weights)
+
+    def update(self, state: Any, *values: Tensor) -> Any:
+        x = values[0].detach().float()
+        energy = sum((column_energy(x, weight.detach()) for weight in values[2:]), column_energy(x, values[1].detach()))
+        most = energy.max()
+        return self._count(state, x, (energy / most * 2**16).round() if most > 0 else torch.ones_like(energy))
+
+
+def column_energy(x: Tensor, weight: Tensor) -> Tensor:
+    """‖W_:c‖² for every channel c of what a linear or convolution reads, float64, to be broadcast over x `[…, C, …]`.
+    A weight is `[O, C/groups, …]`."""
+    places = weight.ndim - 2
+    groups = x.shape[x.ndim - 1 - places] // weight.shape[1]
+    squares = weight.float().square().flatten(2).sum(-1, dtype=torch.float64) if places else weight.double().square()
+    return squares.unflatten(0, (groups, -1)).sum(1).reshape(-1, *[1] * places)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch import Tensor, fx
 from ..compiler.attention import decompose, operand_places
 from ..compiler.dialect.activations import ROUNDING, affine_parameters
 from ..compiler.passes import Context
-from ..compiler.program import Program, operands, shape_of
-from ..compiler.sites import ADD, AttentionSite, Site
-from ..compiler.statistics import Histogram, SharesHistogram, Statistic
+from ..compiler.program import Program, operands, origin, shape_of
+from ..compiler.sites import ADD, CONV, LINEAR, AttentionSite, Site, site_of
+from ..compiler.statistics import Histogram, SharesHistogram, Statistic, WeightedHistogram
 from .ranges import parse_range
 
 _PROBABILITIES = torch.tensor([0.0, 1.0])
@@ -38,14 +38,14 @@ class Activations:
     range: str = "mse"
     group: int = 0
 
-    def needs(self, sources: Sequence[fx.Node]) -> list[Statistic]:
+    def needs(self, program: Program, sources: Sequence[fx.Node]) -> list[Statistic]:
         """What calibration has to find out about the values to round."""
-        return [Histogram(source.name) for source in sources] if self.mode == "static" else []
+        return [self._histogram(program, source) for source in sources] if self.mode == "static" else []
 
-    def attention_needs(self, sites: Sequence[AttentionSite]) -> list[Statistic]:
+    def attention_needs(self, program: Program, sites: Sequence[AttentionSite]) -> list[Statistic]:
         """What calibration has to find out about the operands of attentions."""
         read = [x for site in sites for x in (site.query, site.key, site.value)]
-        return [*self.needs(read), *(_shares(site) for site in sites if self.mode == "static")]
+        return [*self.needs(program, read), *(_shares(site) for site in sites if self.mode == "static")]
 
     def residuals(self, program: Program, sites: Sequence[Site]) -> list[tuple[fx.Node, int]]:
         """(sum, operand) where static ranges round the operands of a residual sum too: those that a convolution of
@@ -98,7 +98,15 @@ class Activations:
         if self.mode == "dynamic":
             granularity = f"group{self.group}" if self.granularity == "group" else self.granularity
             return dynamic(program, source, reader, granularity, self.code)
-        return _static(program, source, reader, self._range(Histogram(source.name), ctx))
+        return _static(program, source, reader, self._range(self._histogram(program, source), ctx))
+
+    def _histogram(self, program: Program, source: fx.Node) -> Histogram:
+        """On which a range is found. Squared errors count as they arrive in the layers that read the value."""
+        layers = [site_of(program, user) for user in source.users if user.target in (*LINEAR, *CONV)]
+        weights = [site.weight.name for site in layers if site is not None and site.input is source]
+        if self.range != "mse" or not weights:
+            return Histogram(source.name)
+        return WeightedHistogram(source.name, weights=tuple(dict.fromkeys(weights)))
 
     def _range(self, histogram: Histogram, ctx: Context) -> Tensor:
         return parse_range(self.range)(*ctx.statistic(histogram))
@@ -129,5 +137,5 @@ def _static(program: Program, source: fx.Node, reader: fx.Node, bounds: Tensor) 
 def _insert(program: Program, target: Any, arguments: tuple[fx.Node | str, ...], reader: fx.Node) -> fx.Node:
     with program.graph.inserting_before(reader):
         node = program.graph.call_function(target, arguments)
-    node.meta.update({k: reader.meta[k] for k in ("nn_module_stack", "stack_trace") if k in reader.meta})
+    node.meta.update(origin(reader))
     return node

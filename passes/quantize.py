@@ -213,8 +213,8 @@ class Quantize(EncodePass):
             return []
         sites = [s for s in self.sites(program) if s.kind != "embedding"]
         read = [operands(node)[index] for node, index in self._residuals(program, sites)]
-        attended = self.activations.attention_needs(self._attentions(sites))
-        return [*self.activations.needs([*(s.input for s in sites), *read]), *attended]
+        attended = self.activations.attention_needs(program, self._attentions(sites))
+        return [*self.activations.needs(program, [*(s.input for s in sites), *read]), *attended]
 
     def _residuals(self, program: Program, sites: Sequence[Site]) -> list[tuple[fx.Node, int]]:
         """What is rounded although no site reads it: nothing, where sites may be given back."""

@@ -4,7 +4,7 @@
 |---|---|
 | minmax | nothing is clipped |
 | percentile(p) | p % of the values, as many left out at either end |
-| mse | Σ(q(x) − x)²: rounding against clipping |
+| mse | Σ_c ‖W_:c‖²·(q(x_c) − x_c)²: rounding against clipping, as the layers that read channel c see them |
 | entropy | KL(P ‖ Q), P the distribution clipped, Q the same under the codes |
 
 The entropy search is that of TensorRT (Migacz 2017, "8-bit Inference with TensorRT") for a range on both sides of 0.

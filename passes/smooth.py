@@ -5,7 +5,8 @@ layers that read the channel. "awq": s_j = mean|X_j|^r, divided by √(max s · 
 ‖Q(W·diag s)·(X/s) − W·X‖² summed over those layers (Lin et al. 2024, "AWQ", section 3.2 and the reference code).
 
 1/s goes into what makes the channel: the weight of a norm, or the rows of a linear or convolution from which it comes
-through nothing but movements, an attention's values, ReLU or a product with a gate.
+through nothing but movements, an attention's values, ReLU or a product with a gate. Where nothing can take it (behind
+GELU; a norm that a residual sum reads too), `insert=True` multiplies in front of the layers.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from torch import Tensor, fx
 
 from ..compiler.axes import Axis, Use, find_axes
 from ..compiler.axis_moves import scale
+from ..compiler.axis_terms import Atom
 from ..compiler.encodings import Affine, Encoding, parse_encoding
 from ..compiler.errors import OptionError, ParetocError, PassError, did_you_mean
 from ..compiler.passes import Context, PassResult, Phase, SitePass
-from ..compiler.program import Program, describe, operands
-from ..compiler.sites import weight_sites
+from ..compiler.program import Program, describe, operands, origin, shape_of
+from ..compiler.sites import Site, weight_sites
 from ..compiler.statistics import ChannelMax, ChannelMean, Sample, Statistic
 from ..compiler.weights import Operand, WeightEdits
 
@@ -34,7 +36,9 @@ _STEPS = 20
 
 @dataclass(frozen=True)
 class Smooth(SitePass):
-    """Scale the channels that the chosen linears read. A channel that anything else reads is left, with the reason.
+    """Scale the channels that the chosen linears read. A channel that anything else reads is left, with the reason, or
+    with `insert` multiplied on its way to them: one more operator for each such value, which costs time unless the
+    target computes it together with its neighbours.
 
     `alpha`: how much of the difficulty moves from activations to weights ("smoothquant"). `rule` "smoothquant" for
     quantised activations, "awq" for weights alone; `weights` is the encoding that "awq" tries out, by default
@@ -49,6 +53,7 @@ class Smooth(SitePass):
     alpha: float = 0.5
     rule: str = "smoothquant"
     weights: str | Encoding | None = None
+    insert: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,33 +69,44 @@ class Smooth(SitePass):
             parse_encoding(self.weights)
 
     def needs(self, program: Program) -> list[Statistic]:
-        nodes = {_input(use): None for axis in self._axes(program, PassResult()) for use in axis.sums}
+        axes = self._axes(program, PassResult())
+        nodes = {_input(use): None for axis in axes for use in axis.sums}
         return [kind(node.name) for node in nodes for kind in _RULES[self.rule]]
 
     def apply(self, program: Program, ctx: Context) -> PassResult:
         result, edits = PassResult(), WeightEdits(program)
         axes = self._axes(program, result)
-        for axis in ctx.track(axes, self.name):
+        for axis, multiplied in ctx.track(list(axes.items()), self.name):
             sizes = self._smoothquant(axis, edits, ctx) if self.rule == "smoothquant" else self._awq(axis, edits, ctx)
-            scale(edits, axis, torch.where(torch.isfinite(sizes), 1 / sizes, 1.0))
+            factors = torch.where(torch.isfinite(sizes), 1 / sizes, 1.0)
+            scale(edits, axis, factors)
+            if multiplied is not None:
+                _multiply(program, multiplied, axis, factors)
         edits.commit()
         result.metrics = {"axes": len(axes), "channels": sum(axis.size for axis in axes)}
         program.refresh()
         return result
 
-    def _axes(self, program: Program, result: PassResult) -> list[Axis]:
-        """The axes that are scaled; fills in which sites matched and which are skipped, and why."""
+    def _axes(self, program: Program, result: PassResult) -> dict[Axis, fx.Node | None]:
+        """The axes that are scaled, each with the value to multiply where nothing else takes its factors; fills in
+        which sites matched and which are skipped, and why."""
         paths = {site.node: site.path for site in weight_sites(program)}
-        chosen = {site.node: site.path for site in self.sites(program)}
+        sites = list(self.sites(program))
+        chosen = {site.node: site.path for site in sites}
         reasons = {node: Operand(node, 1).fixed(program) or "its input has no channels" for node in chosen}
-        axes, matched = [], set()
+        axes: dict[Axis, fx.Node | None] = {}
+        matched: set[fx.Node] = set()
         for axis in find_axes(program, "scale"):
             readers = {use.operand.node for use in axis.sums}
             if why := _why(axis, chosen, paths):
                 reasons |= dict.fromkeys(readers & chosen.keys(), why)
             elif readers:
-                axes.append(axis)
+                axes[axis] = None
                 matched |= readers
+        if self.insert:
+            left = _branches(program, [site for site in sites if site.node not in matched])
+            axes |= left
+            matched |= {use.operand.node for axis in left for use in axis.sums}
         result.matched = [path for node, path in chosen.items() if node in matched]
         result.skipped = {path: reasons[node] for node, path in chosen.items() if node not in matched}
         if not axes:
@@ -98,7 +114,7 @@ class Smooth(SitePass):
             raise PassError(
                 f"no input can be scaled: {'; '.join(found) or 'the model has no linear layer'}",
                 where="pass 'smooth'",
-                fix="widen targets=, or leave it out for this model",
+                fix="widen targets=, use insert=true, or leave it out for this model",
             )
         return axes
 
@@ -139,6 +155,35 @@ class Smooth(SitePass):
         if self.weights is not None:
             return parse_encoding(self.weights) if isinstance(self.weights, str) else self.weights
         return Affine(4, next(g for g in (128, 32, width) if width % g == 0), symmetric=False)
+
+
+def _branches(program: Program, sites: Iterable[Site]) -> dict[Axis, fx.Node | None]:
+    """For every value that linears read an axis that ends at these linears, and the value. The weights have to be
+    theirs alone, and not stored yet."""
+    readers: dict[fx.Node, list[Operand]] = {}
+    for site in sites:
+        operand = Operand(site.node, 1)
+        if site.kind == "linear" and not operand.fixed(program) and not operand.shared():
+            readers.setdefault(site.input, []).append(operand)
+    axes: dict[Axis, fx.Node | None] = {}
+    for source, operands_ in readers.items():
+        atom = Atom(int(shape_of(source)[-1]), {})
+        names = [program.weight_name(operand.source) or "" for operand in operands_]
+        uses = [Use(n, 1, True, operand, (atom,), (atom,)) for n, operand in zip(names, operands_, strict=True)]
+        axes[Axis(program, (atom,), uses)] = source
+    return axes
+
+
+def _multiply(program: Program, source: fx.Node, axis: Axis, factors: Tensor) -> None:
+    """source → source·factors for the linears of an axis."""
+    readers = sorted(use.operand.node for use in axis.uses)
+    name = f"smooth.{readers[0].name}.{source.name}"
+    stored = program.attribute(name, factors.to(source.meta["val"].dtype), before=readers[0])
+    with program.graph.inserting_before(readers[0]):
+        product = program.graph.call_function(torch.ops.aten.mul.Tensor, (source, stored))
+    product.meta.update(origin(readers[0]))
+    for reader in readers:
+        reader.update_arg(0, product)
 
 
 def _input(use: Use) -> fx.Node:

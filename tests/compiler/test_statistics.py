@@ -21,7 +21,9 @@ from paretoc.compiler.statistics import (
     SharesHistogram,
     Statistic,
     WeightedHessian,
+    WeightedHistogram,
     Window,
+    column_energy,
 )
 from torch import Tensor
 from torch.nn import functional as F
@@ -97,6 +99,44 @@ def test_what_is_not_finite_has_no_place_in_a_histogram():
     counts, edges = reduced(Histogram("x"), (torch.tensor([1.0, torch.inf, -torch.inf, torch.nan]),))
     assert counts.sum() == 1
     assert edges[-1] == 1
+
+
+def test_a_histogram_counts_values_by_their_weight_in_what_reads_them():
+    weights = torch.randn(6, 8) * torch.tensor([1.0] * 7 + [30.0]), torch.randn(3, 8)
+    statistic = WeightedHistogram("x", bins=64, weights=("v", "w"))
+    counts, edges = reduced(statistic, *((x, *weights) for x in X))
+    energy = torch.cat(weights).square().sum(0)
+    often = (energy / energy.max() * 2**16).round().expand_as(ROWS)
+    want = np.histogram(ROWS, edges.numpy(), weights=often.numpy())[0]
+    np.testing.assert_array_equal(counts, want)
+    assert statistic.nodes == ("x", "v", "w")
+    again = reduced(statistic, *((x[:1], *weights) for x in X), *((x[1:], *weights) for x in X if len(x) > 1))
+    assert all(torch.equal(a, b) for a, b in zip(again, (counts, edges), strict=True))
+    nothing = reduced(statistic, *((x, *(0 * w for w in weights)) for x in X))
+    plain = reduced(Histogram("x", bins=64), *((x,) for x in X))
+    assert all(torch.equal(a, b) for a, b in zip(nothing, plain, strict=True))
+    assert not torch.equal(counts, plain[0])
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv1d", "grouped", "depthwise"])
+def test_the_energy_of_a_channel_is_what_one_makes_of_it(layer):
+    """A one in channel c, and nothing else, gives outputs whose squares sum to it."""
+    if layer == "linear":
+        weight = torch.randn(5, 6)
+        got = [F.linear(row, weight) for row in torch.eye(6)]
+        x = torch.zeros(2, 3, 6)
+    elif layer == "conv1d":
+        weight, x = torch.randn(5, 6, 3), torch.zeros(2, 6, 9)
+        got = [F.conv1d(row[:, None], weight, padding=2) for row in torch.eye(6)]
+    else:
+        groups = {"grouped": 2, "depthwise": 6}[layer]
+        weight, x = torch.randn(12, 6 // groups, 3, 2), torch.zeros(2, 6, 4, 5)
+        got = [F.conv2d(row[:, None, None], weight, padding=(2, 1), groups=groups) for row in torch.eye(6)]
+    energy = column_energy(x, weight)
+    torch.testing.assert_close(energy.flatten().float(), torch.stack([g.square().sum() for g in got]))
+    channel = x.ndim - energy.ndim
+    assert energy.expand_as(x).shape == x.shape
+    assert energy.shape[0] == x.shape[channel] == 6
 
 
 def test_a_convolution_unfolds_a_few_images_at_a_time(monkeypatch):

@@ -11,7 +11,7 @@ from paretoc.compiler.encodings import Affine
 from paretoc.compiler.errors import OptionError, PassError
 from paretoc.compiler.passes import Context
 from paretoc.compiler.sites import attention_sites, weight_sites
-from paretoc.compiler.statistics import Histogram, Statistic
+from paretoc.compiler.statistics import Histogram, Statistic, WeightedHistogram
 from paretoc.passes import Quantize
 from paretoc.passes.fit import Mse, Rtn
 from paretoc.passes.ranges import parse_range
@@ -42,10 +42,10 @@ def static_quantisers(compiled, source: str) -> list[torch.fx.Node]:
     return [n for n in compiled.program.calls(ops.fake_quantize.default) if n.args[0].name == source]
 
 
-def gather_one(statistic: Statistic, batches: list[Tensor]):
+def gather_one(statistic: Statistic, batches: list[Tensor], *weights: Tensor):
     state = statistic.start()
     for batch in batches:
-        state = statistic.update(state, batch)
+        state = statistic.update(state, batch, *weights)
     return statistic.finish(state)
 
 
@@ -177,15 +177,38 @@ def test_weight_only_schemes_leave_activations_alone(models, reference):
 
 def test_ranges_come_from_the_histogram_that_calibration_gathers(models, reference):
     data = [torch.randn(64, 16) * torch.where(torch.rand(64, 1) < 0.02, 10.0, 1.0) for _ in range(3)]
-    scales = {}
+    scales, model = {}, models.Mlp()
+    with torch.no_grad():
+        model.up.weight[:, :8] *= 3
     for text in ("minmax", "mse", "entropy", "percentile(99)"):
-        compiled = reference(models.Mlp(), [f"quantize:W8A8,range={text}"], X, calibration=data)
-        low, high = parse_range(text)(*gather_one(Histogram("x"), data))
+        compiled = reference(model, [f"quantize:W8A8,range={text}"], X, calibration=data)
+        found = gather_one(Histogram("x"), data)
+        if text == "mse":  # it counts errors as `up` sees them
+            found = gather_one(WeightedHistogram("x", weights=("w",)), data, model.up.weight)
+        low, high = parse_range(text)(*found)
         (scales[text],) = {float(compiled.program.get(n.args[1].target)) for n in static_quantisers(compiled, "x")}
         assert scales[text] == pytest.approx(float(high - low) / 255)
     assert scales["percentile(99)"] < 0.9 * scales["minmax"]
-    default = reference(models.Mlp(), ["quantize:W8A8"], X, calibration=data)
+    default = reference(model, ["quantize:W8A8"], X, calibration=data)
     assert float(default.program.get(static_quantisers(default, "x")[0].args[1].target)) == scales["mse"]
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_range_covers_the_channels_that_count(reference, kind):
+    """Channel 2 is twenty times as wide: clipped when its weights are small, covered when they are not."""
+    x = torch.randn(64, 8, 6, 6)
+    x[:, 2] *= 20
+    x = x if kind == "conv" else x.movedim(1, -1).reshape(-1, 8)
+    model = nn.Sequential(nn.Conv2d(8, 4, 3) if kind == "conv" else nn.Linear(8, 4))
+    weight, scales = model[0].weight, []
+    original = weight.detach().clone()
+    for factor in (1e-3, 1.0):
+        with torch.no_grad():
+            weight[:, 2] = factor * original[:, 2]
+        compiled = reference(model, ["quantize:W8A8"], x, calibration=[x])
+        (quantiser,) = compiled.program.calls(ops.fake_quantize.default)
+        scales.append(float(compiled.program.get(quantiser.args[1].target)))
+    assert scales[0] < 0.5 * scales[1]
 
 
 def test_two_passes_may_read_one_activation_under_two_ranges(models):

@@ -237,6 +237,116 @@ def test_the_pattern_of_a_pruned_weight_survives(layer):
             assert torch.equal(after.weight_value(now.weight) != 0, pruned.weight_value(before.weight) != 0)
 
 
+# -- where nothing takes the factors -------------------------------------------------------------------------
+
+
+class PostNorm(nn.Module):
+    """A norm that a residual sum reads too; GELU: nothing before these layers commutes with a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.left, self.right = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, INNER), nn.Linear(WIDTH, INNER)
+        self.down = nn.Linear(INNER, WIDTH)
+        nn.init.uniform_(self.norm.weight, 0.2, 3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        return self.norm(n + self.down(F.gelu(self.left(n)) + self.right(n).sigmoid()))
+
+
+@pytest.fixture
+def post_norm():
+    """(model, program, 3 batches)"""
+    model = PostNorm().eval()
+    batches = [torch.randn(2, 7, WIDTH) for _ in range(3)]
+    program = pc.capture(model, batches[0])
+    canonicalize(program)
+    return model, program, batches
+
+
+def multiplications(program) -> list[torch.fx.Node]:
+    return program.calls(torch.ops.aten.mul.Tensor)
+
+
+def test_a_multiplication_is_inserted_where_nothing_takes_the_factors(post_norm):
+    model, program, batches = post_norm
+    with pytest.raises(PassError, match="insert=true"):
+        smoothed(program, batches, alpha=0.7)
+    after, result = smoothed(program, batches, alpha=0.7, insert=True)
+    assert distance(program, after, [batches[0]]) < 1e-5
+    assert result.matched == ["left", "right", "down"]
+    assert result.skipped == {}
+    assert result.metrics == {"axes": 2, "channels": WIDTH + INNER}
+    rows = seen(model, batches)
+    for readers in (["left", "right"], ["down"]):
+        columns = torch.stack([model.get_submodule(r).weight.detach().abs().amax(0) for r in readers]).amax(0)
+        scales = rows[readers[0]].abs().amax(0) ** 0.7 / columns**0.3
+        for reader in readers:
+            want = model.get_submodule(reader).weight.detach() * scales
+            torch.testing.assert_close(after.get(f"{reader}.weight").double(), want.double(), rtol=1e-4, atol=1e-7)
+    # one for both readers of the norm, and none on the way to the residual sum
+    assert [len(node.users) for node in multiplications(after)] == [2, 1]
+    assert torch.equal(after.get("norm.weight"), program.get("norm.weight"))
+    assert distance(program, after, [10 * batches[1]]) < 1e-5
+
+
+def test_a_forgotten_multiplication_does_not_pass(monkeypatch, post_norm):
+    _, program, batches = post_norm
+    monkeypatch.setattr("paretoc.passes.smooth._multiply", lambda *_: None)
+    after, _ = smoothed(program, batches, insert=True)
+    assert distance(program, after, [batches[0]]) > 1e-2
+
+
+def test_what_a_norm_can_take_is_not_inserted(layer):
+    _, program, batches = layer
+    after, result = smoothed(program, batches, insert=True)
+    before = smoothed(program, batches)[0]
+    assert result.skipped == {}  # the input of the model too
+    assert len(multiplications(after)) == len(multiplications(before)) + 1
+    assert distance(program, after, [batches[0]]) < 1e-5
+
+
+def test_two_passes_insert_two_multiplications_behind_one_value(post_norm):
+    _, program, batches = post_norm
+    after, _ = smoothed(program, batches, alpha=0.8, insert=True, targets=("left",))
+    after, _ = smoothed(after, batches, alpha=0.3, insert=True, targets=("right",))
+    assert distance(program, after, [batches[0]]) < 1e-5
+    one, other = (after.get(node.args[1].target) for node in multiplications(after))
+    assert not torch.allclose(one, other)
+
+
+def test_awq_may_insert_too(post_norm):
+    _, program, batches = post_norm
+    after, result = smoothed(program, batches, rule="awq", insert=True)
+    assert distance(program, after, [batches[0]]) < 1e-5
+    assert result.matched == ["left", "right", "down"]
+
+
+def test_stored_weights_keep_their_inputs(post_norm):
+    _, program, batches = post_norm
+    stored = program.clone()
+    Quantize("W8A16", targets=("left",)).apply(stored, Context())
+    after, result = smoothed(stored, batches, insert=True)
+    assert result.skipped["left"].startswith("its weight is already stored as")
+    assert result.matched == ["right", "down"]
+    assert distance(stored, after, [batches[0]]) < 1e-5
+
+
+def test_inserted_factors_halve_the_error_of_static_quantisation(reference):
+    """Channels of very different sizes behind GELU and behind a norm that the stream keeps."""
+    model = PostNorm().eval()
+    with torch.no_grad():
+        model.left.weight[:2] *= 30
+        model.norm.weight[3] = 40
+    x = torch.randn(64, WIDTH)
+    errors = {}
+    for passes in (["quantize:W8A8"], ["smooth:0.7,insert=true", "quantize:W8A8"]):
+        compiled = reference(model, passes, x, calibration=[x])
+        want = model(x).detach()
+        errors[len(passes)] = float((compiled(x) - want).norm() / want.norm())
+    assert errors[2] < 0.5 * errors[1]
+
+
 # -- what is left alone --------------------------------------------------------------------------------------
 
 
