@@ -48,14 +48,14 @@ TRANSFORMER = {
     "fp32": [],
     "W8A8-dynamic": ["quantize:W8A8-dynamic"],
     "W8A8 static": ["quantize:W8A8"],
-    "W8A8, smooth and bias": ["smooth", "quantize:W8A8", "correct_bias"],  # as NNCF does by itself
+    "W8A8, smooth and bias": ["smooth:0.8,insert=true", "quantize:W8A8", "correct_bias"],  # as NNCF does by itself
     "W8A8 and attention": ["quantize:W8A8,attention=true"],
 }
-FOLDED = {"fp32": [], "W8A8 static": ["quantize:W8A8"]}
+CONVOLUTIONAL = {"fp32": [], "W8A8 static": ["quantize:W8A8"], "W8A8 and bias": ["quantize:W8A8", "correct_bias"]}
 #: target → what the table calls it
 _TARGETS = {"onnxruntime": "paretoc", "openvino": "paretoc/OV f32", "openvino-bf16": "paretoc/OV bf16"}
 #: recipes that targets other than ONNX Runtime's own kernels are measured with
-ELSEWHERE = ("fp32", "W8A8 static", "W8A8, smooth and bias")
+ELSEWHERE = ("fp32", "W8A8 static", "W8A8, smooth and bias", "W8A8 and bias")
 
 
 def workload_minilm() -> Workload:
@@ -103,7 +103,7 @@ def workload_resnet50() -> Workload:
             norm.momentum = 1.0  # one pass gives every norm the statistics of its input
     with torch.no_grad():
         model.train()(images)
-    return Workload("ResNet-50, 224 × 224", model.eval(), {"x": images[:1]}, batches, (1,), FOLDED)
+    return Workload("ResNet-50, 224 × 224", model.eval(), {"x": images[:1]}, batches, (1,), CONVOLUTIONAL)
 
 
 def first(output: Any) -> Tensor:
@@ -146,7 +146,7 @@ def ort_peers(load: Workload, root: Path) -> Iterator[tuple[str, onnxruntime.Inf
     assert exported is not None
     exported.save(plain)
     yield "ORT fp32, PyTorch's export", session(plain)
-    convolutional = any(isinstance(m, torch.nn.Conv2d) for m in load.model.modules()) and len(load.recipes) == 2
+    convolutional = load.recipes is CONVOLUTIONAL
 
     def dynamic(target: Path) -> None:
         quantize_dynamic(plain, target, weight_type=QuantType.QInt8, per_channel=True)
@@ -175,7 +175,7 @@ def openvino_peer(load: Workload) -> Iterator[tuple[str, Callable[[dict[str, Ten
     import openvino
 
     converted = openvino.convert_model(load.model, example_input=load.example)
-    kind = None if len(load.recipes) == 2 else nncf.ModelType.TRANSFORMER
+    kind = None if load.recipes is CONVOLUTIONAL else nncf.ModelType.TRANSFORMER
     quantised = nncf.quantize(
         converted, nncf.Dataset(load.calibration, lambda b: {k: v.numpy() for k, v in b.items()}), model_type=kind
     )

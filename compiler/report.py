@@ -152,8 +152,7 @@ def build_report(done: Compilation, *, latency: bool) -> Report:
         slower = measured_slower(times["compiled"], times["original"], done.executable, original())
     else:
         rows = done.executable.predict() if isinstance(done.executable, Predicting) else []
-        repeats = done.program.repeats
-        slower = predicted_slower(before.macs * repeats, after.macs * repeats, rows)
+        slower = predicted_slower(before.macs, after.macs, rows)
     return Report(
         target=done.options.target,
         original=before,

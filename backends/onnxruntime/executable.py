@@ -31,7 +31,7 @@ from ...compiler.sums import split_sums
 from .cache import CachedDecoder, row_by_row, share_cache
 from .denormals import FLUSHED, flushed
 from .integers import representable
-from .kernels import Placed, Profiled, explain_session, predicted_rows
+from .kernels import Placed, Profiled, explain_session, needed, predicted_rows
 from .kernels_openvino import explain_openvino
 from .lower import Lowering, required_opset
 from .nearest import nearest_fast
@@ -89,18 +89,18 @@ class OnnxExecutable:
         threaded = share * program.repeats == 1  # a part has one thread
         few = {path for path, count in rows.items() if threaded and count <= lowering.speeds.joint_rows}
         optimise(model, [*beside, *traced], Target(contrib, few))
+        example = program.users_example()
+        inputs = dict(zip(program.interface.input_names(), example, strict=True))
         settings: dict[str, Any] = {
             "config": CONFIG,
             "sites": [asdict(_chosen(s, lowering)) for s in sites],
-            "inputs": [
-                [name, str(t.dtype).removeprefix("torch."), list(t.shape)]
-                for name, t in zip(program.interface.input_names(), program.example, strict=True)
-            ],
+            "inputs": [[n, str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in inputs.items()],
+            "sizes": _sizes(model, inputs),
             "outputs": program.interface.output_names(),
             "shared_cache": shared,
             "parts": None if parts is None else asdict(parts),
         }
-        executable = cls(model, settings, provider, example=list(program.example))
+        executable = cls(model, settings, provider, example=example)
         executable._check()
         return executable
 
@@ -134,6 +134,21 @@ class OnnxExecutable:
     @cached_property
     def session(self) -> onnxruntime.InferenceSession:
         return self._start(self.session_options())
+
+    @cached_property
+    def _fitted(self) -> onnxruntime.InferenceSession:
+        """A session for the sizes of the example."""
+        return self._start(self._fitted_options())
+
+    def _fitted_options(self) -> onnxruntime.SessionOptions:
+        options = self.session_options()
+        for name, size in self.settings.get("sizes", {}).items() if self.provider.fits_sizes else ():
+            options.add_free_dimension_override_by_name(name, size)
+        return options
+
+    def _session_for(self, inputs: Sequence[Tensor]) -> onnxruntime.InferenceSession:
+        same = all(list(t.shape) == shape for t, (_, _, shape) in zip(inputs, self.settings["inputs"], strict=True))
+        return self._fitted if same and self.provider.fits_sizes else self.session
 
     @flushed()
     def _start(self, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
@@ -198,11 +213,10 @@ class OnnxExecutable:
                     fix="convert the input, or recompile with inputs like these",
                 )
             feeds[name] = tensor.detach().cpu().contiguous().numpy()
-        session = session or self.session
-        feeds = {k: v for k, v in feeds.items() if k in self._fed}
+        session = session or self._session_for(inputs)
         try:
             with flushed():
-                found = session.run(self.settings["outputs"], feeds)
+                found = session.run(self.settings["outputs"], needed(session, feeds))
         except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
             raise OptionError(
                 f"the inputs do not fit the compiled model: {str(error).splitlines()[0]}",
@@ -210,11 +224,6 @@ class OnnxExecutable:
                 fix="axes that were fixed at capture must keep their size; see CompiledModel.report().notes",
             ) from error
         return [torch.from_numpy(array) for array in found]
-
-    @cached_property
-    def _fed(self) -> set[str]:
-        session = self.__dict__.get("_single") or self.session  # either has the same
-        return {i.name for i in session.get_inputs()}
 
     def decoder(self, cache: Cache, batch: int, tokens: int) -> Decoder:
         inputs, outputs = [name for name, _, _ in self.settings["inputs"]], self.settings["outputs"]
@@ -224,7 +233,7 @@ class OnnxExecutable:
     def explain(self) -> list[Row]:
         graph = (ir.load(self.path) if self.model is None else self.model).graph
         speeds = load_speeds(self.provider.table)
-        profiled = Profiled(self._start, self.session_options(), self._example(), speeds)
+        profiled = Profiled(self._start, self._fitted_options(), self._example(), speeds)
         if self.provider is CPU:
             return explain_session(profiled, self._sites(), _convolved(graph))
         return explain_openvino(profiled, self._sites(), graph)
@@ -244,7 +253,7 @@ class OnnxExecutable:
         else:
             tensors = [torch.ones(shape, dtype=getattr(torch, dtype)) for _, dtype, shape in self.settings["inputs"]]
         tensors = [t[:1] for t in tensors] if self.settings["shared_cache"] else tensors
-        return {n: t.numpy() for (n, _, _), t in zip(self.settings["inputs"], tensors, strict=True) if n in self._fed}
+        return {n: t.numpy() for (n, _, _), t in zip(self.settings["inputs"], tensors, strict=True)}
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -283,12 +292,23 @@ def session_options(config: Mapping[str, str]) -> onnxruntime.SessionOptions:
     return options
 
 
+def _sizes(model: ir.Model, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    """Name of an axis that any size fits → its size at the example."""
+    return {
+        dim.value: size
+        for value in model.graph.inputs
+        for dim, size in zip(value.shape or (), inputs[str(value.name)].shape, strict=True)
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None
+    }
+
+
 def _placed(program: Program, site: Site) -> Placed:
     encoding = program.encoding(site.weight)
     arrays = program.stored_arrays(site.weight).values() if encoding else [program.weight_value(site.weight)]
     size = sum(a.nbytes for a in arrays)
     bits = getattr(getattr(encoding, "values", encoding), "bits", 8 * size / prod(example_shape(site.weight)))
-    return Placed(site.path, str(encoding or "dense"), site.kind, _activations(site), node_macs(site.node), size, bits)
+    macs = node_macs(site.node) // program.repeats
+    return Placed(site.path, str(encoding or "dense"), site.kind, _activations(site), macs, size, bits)
 
 
 def _chosen(site: Placed, lowering: Lowering) -> Placed:

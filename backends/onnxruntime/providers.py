@@ -26,6 +26,10 @@ class Provider(Protocol):
     def table(self) -> str:
         """What `speeds.py` calls its table."""
 
+    @property
+    def fits_sizes(self) -> bool:
+        """Whether a session that knows the sizes of its inputs is faster than one for any."""
+
     def arguments(self, options: onnxruntime.SessionOptions) -> dict[str, Any]:
         """What else `InferenceSession` is given with these options, so that it runs on this provider. Raises
         LoweringError where the provider is not installed."""
@@ -33,6 +37,7 @@ class Provider(Protocol):
 
 class Cpu:
     name = table = "CPUExecutionProvider"
+    fits_sizes = False
 
     def arguments(self, options: onnxruntime.SessionOptions) -> dict[str, Any]:
         return {"providers": [self.name]}
@@ -45,6 +50,7 @@ class OpenVino:
 
     precision: str = "f32"
     name: ClassVar[str] = "OpenVINOExecutionProvider"
+    fits_sizes: ClassVar[bool] = True
 
     @property
     def table(self) -> str:

@@ -97,6 +97,30 @@ def test_equals_the_eager_reference(net: Net, recipe: list[str]) -> None:
             assert relative(got, want) < (2e-2 if "A8" in str(recipe) else 1e-5)
 
 
+def test_calls_of_the_examples_size_run_a_session_for_that_size(net: Net, tmp_path: Path) -> None:
+    compiled = build(net, [])
+    compiled.save(tmp_path / "kept")
+    loaded = pc.load(tmp_path / "kept")
+    for model, ran in ((compiled, executable(compiled)), (loaded, loaded.executable)):
+        want = net(IDS)[1].detach()
+        assert not {"session", "_fitted"} & vars(ran).keys()
+        assert relative(model(IDS)[1], want) < 1e-5
+        assert [i.shape for i in ran._fitted.get_inputs()] == [[2, 9]] and "session" not in vars(ran)
+        other = torch.arange(9).reshape(1, 9)
+        assert relative(model(other)[1], net(other)[1].detach()) < 1e-5
+        assert all(isinstance(axis, str) for axis in ran.session.get_inputs()[0].shape)
+    plain = build(net, [], "onnxruntime")
+    plain(IDS)
+    assert "_fitted" not in vars(executable(plain)), "ONNX Runtime's own kernels gain nothing by it"
+
+
+def test_a_batch_of_one_is_the_size_of_an_example_of_one(net: Net) -> None:
+    """The capture repeats it to keep the axis open: the session must not be for two."""
+    compiled = pc.compile(net, [], example_inputs=IDS[:1], target="openvino", verify=False)
+    assert relative(compiled(IDS[:1])[1], net(IDS[:1])[1].detach()) < 1e-5
+    assert executable(compiled)._fitted.get_inputs()[0].shape == [1, 9]
+
+
 def test_the_comparison_sees_other_weights(net: Net) -> None:
     torch.manual_seed(1)
     compiled, other = build(net, []), build(Net().eval(), [])
