@@ -3,7 +3,8 @@
     python benchmarks/onnxruntime_cpu.py minilm bert vit resnet50 [--threads 2] [--runs 20] [--only "NNCF|W8A8"]
 
 Peers: ONNX Runtime's own export and its two quantisers; OpenVINO with NNCF where they are installed (`pip install
-openvino nncf`), computing in f32 and in what OpenVINO chooses, bf16 where the CPU can. paretoc: ONNX Runtime's own
+openvino nncf`), computing in f32 and in what OpenVINO chooses, bf16 where the CPU can, for any and for one size of the
+inputs. paretoc: ONNX Runtime's own
 kernels, and with `paretoc[openvino]` installed OpenVINO's inside ONNX Runtime, in f32 and in bf16. All contenders of
 a row run interleaved in one process; the table gives medians, minima in brackets, multiples of PyTorch eager fp32
 (medians, minima) and the relative L2 error of the first output against PyTorch eager. paretoc compiles for the batch of
@@ -168,7 +169,8 @@ def ort_peers(load: Workload, root: Path) -> Iterator[tuple[str, onnxruntime.Inf
             print(f"ORT quantize_{quantiser.__name__} fails: {str(refused).splitlines()[0]}")
 
 
-def openvino_peer(load: Workload) -> Iterator[tuple[str, Callable[[dict[str, Tensor]], Any]]]:
+def openvino_models(load: Workload) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """(name, model, how to compile it)"""
     if not (importlib.util.find_spec("openvino") and importlib.util.find_spec("nncf")):
         return
     import nncf
@@ -187,8 +189,22 @@ def openvino_peer(load: Workload) -> Iterator[tuple[str, Callable[[dict[str, Ten
         ("OpenVINO, NNCF int8", quantised, exact),
         ("OpenVINO, NNCF int8, bf16", quantised, settings),
     ):
-        compiled = openvino.Core().compile_model(model, "CPU", chosen)
-        yield name, lambda feed, c=compiled: c({k: v.numpy() for k, v in feed.items()})[0]
+        yield name, model, chosen
+
+
+def openvino_peers(
+    models: list[tuple[str, Any, dict[str, Any]]], feed: dict[str, Tensor]
+) -> Iterator[tuple[str, Call]]:
+    """Each as it was converted, for inputs of any size, and for those of this batch."""
+    arrays = {k: v.numpy() for k, v in feed.items()}
+    for name, model, chosen in models:
+        import openvino
+
+        fixed = model.clone()
+        fixed.reshape({i.any_name: list(arrays[i.any_name].shape) for i in fixed.inputs})
+        for title, variant in ((name, model), (f"{name}, fixed sizes", fixed)):
+            compiled = openvino.Core().compile_model(variant, "CPU", chosen)
+            yield title, lambda c=compiled: c(arrays)[0]
 
 
 def run(load: Workload, runs: int, only: str) -> None:
@@ -202,7 +218,7 @@ def run(load: Workload, runs: int, only: str) -> None:
             peers[name] = lambda feed, s=started, known=known: s.run(
                 None, {k: v.numpy() for k, v in feed.items() if k in known}
             )
-        peers |= {name: call for name, call in openvino_peer(load) if wanted(name)}
+        models = [m for m in openvino_models(load) if wanted(m[0])]
     for batch in load.batches:
         feed = {k: v[:batch].contiguous() for k, v in load.example.items()}
         with_openvino = importlib.util.find_spec("onnxruntime_ep_openvino") is not None
@@ -222,14 +238,15 @@ def run(load: Workload, runs: int, only: str) -> None:
         reference = first(eager()).clone()
         calls: dict[str, Call] = {"PyTorch eager fp32": eager}
         calls |= {n: (lambda call=call, feed=feed: call(feed)) for n, call in peers.items()}
+        calls |= dict(openvino_peers(models, feed))
         calls |= {n: (lambda compiled=compiled, feed=feed: compiled(**feed)) for n, compiled in ours.items()}
         errors = {n: error(call(), reference) for n, call in calls.items()}
         times = interleaved(calls, runs)
         base = times["PyTorch eager fp32"]
-        print(f"\n{load.title}, batch {batch}\n{'':36s}{'ms':>9s} {'(min)':>9s}  × eager  (minima)  error")
+        print(f"\n{load.title}, batch {batch}\n{'':42s}{'ms':>9s} {'(min)':>9s}  × eager  (minima)  error")
         for name, (middle, least) in times.items():
             print(
-                f"  {name:34s}{middle:9.2f} ({least:7.2f})  {base[0] / middle:6.2f}    ({base[1] / least:5.2f})"
+                f"  {name:40s}{middle:9.2f} ({least:7.2f})  {base[0] / middle:6.2f}    ({base[1] / least:5.2f})"
                 f"   {errors[name]:.1e}",
                 flush=True,
             )
