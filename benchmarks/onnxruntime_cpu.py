@@ -3,12 +3,12 @@
     python benchmarks/onnxruntime_cpu.py minilm bert vit resnet50 [--threads 2] [--runs 20] [--only "NNCF|W8A8"]
 
 Peers: ONNX Runtime's own export and its two quantisers; OpenVINO with NNCF where they are installed (`pip install
-openvino nncf`), computing in f32 and in what OpenVINO chooses, bf16 where the CPU can, for any and for one size of the
-inputs. paretoc: ONNX Runtime's own
-kernels, and with `paretoc[openvino]` installed OpenVINO's inside ONNX Runtime, in f32 and in bf16. All contenders of
-a row run interleaved in one process; the table gives medians, minima in brackets, multiples of PyTorch eager fp32
-(medians, minima) and the relative L2 error of the first output against PyTorch eager. paretoc compiles for the batch of
-a row, which decides on kernels; every model takes any batch. MiniLM has its real weights, the others random ones.
+openvino nncf`), computing in f32 and in what OpenVINO chooses, bf16 where the CPU can, for inputs of any size and of
+one. paretoc: ONNX Runtime's own kernels, and with `paretoc[openvino]` installed OpenVINO's inside ONNX Runtime, in f32
+and in bf16. All contenders of a row run interleaved in one process; the table gives medians, minima in brackets,
+multiples of PyTorch eager fp32 (medians, minima) and the relative L2 error of the first output against PyTorch eager.
+paretoc compiles for the batch of a row, which decides on kernels; every model takes any batch. MiniLM has its real
+weights, the others random ones.
 """
 
 from __future__ import annotations
@@ -183,13 +183,10 @@ def openvino_models(load: Workload) -> Iterator[tuple[str, Any, dict[str, Any]]]
     )
     settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     exact = settings | {"INFERENCE_PRECISION_HINT": "f32"}
-    for name, model, chosen in (
-        ("OpenVINO fp32", converted, exact),
-        ("OpenVINO bf16", converted, settings),
-        ("OpenVINO, NNCF int8", quantised, exact),
-        ("OpenVINO, NNCF int8, bf16", quantised, settings),
-    ):
-        yield name, model, chosen
+    yield "OpenVINO fp32", converted, exact
+    yield "OpenVINO bf16", converted, settings
+    yield "OpenVINO, NNCF int8", quantised, exact
+    yield "OpenVINO, NNCF int8, bf16", quantised, settings
 
 
 def openvino_peers(
