@@ -25,6 +25,7 @@ MINILM = {
         f"W8A8 static, range {name}": [f"quantize:W8A8,embeddings=true,range={name}"]
         for name in ("minmax", "percentile", "entropy")
     },
+    "W8A8 static, smooth and bias": ["smooth:0.8,insert=true", "quantize:W8A8,embeddings=true", "correct_bias"],
     "W8A8 static, attention too": ["quantize:W8A8,embeddings=true,attention=true"],
     **{f"keys and values {code}": [f"quantize_cache:{code}"] for code in ("int8", "e4m3", "int4")},
     "W8A16": ["quantize:W8A16"],
@@ -38,6 +39,7 @@ RESNET = {
     "W8A8, rounded": ["quantize:W8A8,fitter=rtn"],
     "W8A8": ["quantize:W8A8"],
     "W8A8, range minmax": ["quantize:W8A8,range=minmax"],
+    "W8A8, bias": ["quantize:W8A8", "correct_bias"],
     "W8A8-dynamic": ["quantize:W8A8-dynamic"],
     "W4A8": ["quantize:W4A8"],
     "W4A8, gptq, bias and deviation": ["quantize:W4A8,fitter=gptq", "correct_bias:deviation=true"],
