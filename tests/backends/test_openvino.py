@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,24 @@ def test_without_the_plugin_it_says_what_to_install(net: Net, missing: bool, mon
     with pytest.raises(pc.LoweringError, match="not installed" if missing else "does not start") as caught:
         build(net, [])(IDS)
     assert "paretoc[openvino]" in str(caught.value)
+
+
+def test_what_rounds_is_computed_by_the_product_before_it(net: Net, tmp_path: Path) -> None:
+    """GELU and the rounding behind it belong to the kernel of `up`: ONNX Runtime's own rewriting would part them."""
+    compiled = build(net, ["quantize:W8A8"])
+    ran = executable(compiled)
+    options = ran._fitted_options()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    session = ran._start(options)
+    session.run(None, {session.get_inputs()[0].name: IDS.numpy()})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    kernels = [e["name"].removeprefix("OV::") for e in events if e.get("cat") == "Kernel"]
+    assert ran.model is not None
+    (down,) = (n for n in ran.model.graph if n.name == "down")
+    rounding = down.inputs[0].producer().inputs[0].producer()
+    assert rounding.op_type == "QuantizeLinear"
+    assert {"up", "down"} <= {k.split("/")[0] for k in kernels}
+    assert not [k for k in kernels if k.split("/")[0] == rounding.name]
 
 
 def test_calibration_measures_the_standard_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
