@@ -148,8 +148,8 @@ def column_energy(x: Tensor, weight: Tensor) -> Tensor:
     A weight is `[O, C/groups, …]`."""
     places = weight.ndim - 2
     groups = x.shape[x.ndim - 1 - places] // weight.shape[1]
-    squares = weight.float().square().flatten(2).sum(-1, dtype=torch.float64) if places else weight.double().square()
-    return squares.unflatten(0, (groups, -1)).sum(1).reshape(-1, *[1] * places)
+    squares = weight.double().square().reshape(*weight.shape[:2], -1).sum(-1)
+    return squares.reshape(groups, -1, weight.shape[1]).sum(1).reshape(-1, *[1] * places)
 
 
 @dataclass(frozen=True)
