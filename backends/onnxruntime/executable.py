@@ -147,8 +147,10 @@ class OnnxExecutable:
         return options
 
     def _session_for(self, inputs: Sequence[Tensor]) -> onnxruntime.InferenceSession:
-        same = all(list(t.shape) == shape for t, (_, _, shape) in zip(inputs, self.settings["inputs"], strict=True))
-        return self._fitted if same and self.provider.fits_sizes else self.session
+        """The one for the sizes of the example where that is faster and they are these, otherwise the one for any."""
+        shapes = [shape for _, _, shape in self.settings["inputs"]]
+        fits = self.provider.fits_sizes and [list(t.shape) for t in inputs] == shapes
+        return self._fitted if fits else self.session
 
     @flushed()
     def _start(self, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
