@@ -6,6 +6,7 @@ import argparse
 import csv
 import importlib.util
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,13 +36,15 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], runs: int) -> dict[str, tuple[float, float]]:
-    """Name → (median, minimum) in milliseconds, of calls that take turns."""
+    """Name → (median, minimum) in milliseconds, of calls that take turns, in another order each time: whatever follows
+    PyTorch meets threads that still spin."""
     for call in calls.values():
         call()
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
     for _ in range(runs):
-        for name, call in calls.items():
+        for name, call in order.sample(list(calls.items()), len(calls)):
             start = time.perf_counter()
             call()
             times[name].append((time.perf_counter() - start) * 1e3)
