@@ -6,11 +6,8 @@ import argparse
 import csv
 import importlib.util
 import os
-import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -33,22 +30,6 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data", help="folder with the measuring data")
     parser.add_argument("--threads", type=int, default=2)
     return parser
-
-
-def interleaved(calls: dict[str, Callable[[], Any]], runs: int) -> dict[str, tuple[float, float]]:
-    """Name → (median, minimum) in milliseconds, of calls that take turns, in another order each time: whatever follows
-    PyTorch meets threads that still spin."""
-    for call in calls.values():
-        call()
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order = random.Random(0)
-    for _ in range(runs):
-        for name, call in order.sample(list(calls.items()), len(calls)):
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: (median(t), min(t)) for name, t in times.items()}
 
 
 def minilm() -> tuple[Any, Any]:

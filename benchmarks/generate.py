@@ -15,7 +15,8 @@ from typing import Any
 
 import paretoc as pc
 import torch
-from _models import arguments, data_folder, interleaved
+from _models import arguments, data_folder
+from paretoc.compiler.cost import measure
 from torch import Tensor
 
 #: its feed-forward is 172 wide, which 32 does not divide
@@ -35,12 +36,14 @@ def compiled(model: Any, length: int, recipes: dict[str, list[Any]]) -> dict[str
     return {f"paretoc {name}": pc.compile(causal, passes, verify=False) for name, passes in recipes.items()}
 
 
-def show(times: dict[str, tuple[float, float]], tokens: int) -> None:
+def show(calls: dict[str, Callable[[], Any]], runs: int, tokens: int) -> None:
+    times = measure(calls, runs=runs, budget_s=float("inf"))
     base, *_ = times.values()
-    for name, (middle, least) in times.items():
+    for name, time in times.items():
+        middle, least = time.median, time.minimum
         each = f"{middle / tokens:7.2f} ms ({least / tokens:6.2f}) a token"
         rate = f"{1e3 * tokens / middle:7.0f} tokens/s ({1e3 * tokens / least:5.0f})"
-        print(f"  {name:20s} {each}  {rate}  {base[0] / middle:5.2f} × eager ({base[1] / least:5.2f})")
+        print(f"  {name:20s} {each}  {rate}  {base.median / middle:5.2f} × eager ({base.minimum / least:5.2f})")
 
 
 def run_stories(folder: str | None, runs: int) -> None:
@@ -65,7 +68,7 @@ def run_stories(folder: str | None, runs: int) -> None:
         name: lambda ours=ours: ours.generate(prompt, max_new_tokens=tokens, eos_token_id=[])
         for name, ours in models.items()
     }
-    show(interleaved(calls, runs), tokens)
+    show(calls, runs, tokens)
     print(f"  cache: {cache_bytes(models, tokens + 1):,} bytes for {tokens + 1} tokens")
 
 
@@ -110,7 +113,7 @@ def run_llama(folder: str | None, runs: int) -> None:
         calls: dict[str, Callable[[], Any]] = {"transformers eager": theirs}
         calls |= {name: step(ours, ids, tokens) for name, ours in models.items()}
         print(f"Llama of {parameters / 1e6:.0f} M parameters, {title}")
-        show(interleaved(calls, runs), tokens.stop - tokens.start)
+        show(calls, runs, tokens.stop - tokens.start)
     for name, ours in models.items():
         print(f"  {name}: {ours._compiled().executable.stored_bytes() / 1e6:.0f} MB of weights")
     print(f"  cache: {cache_bytes(models, PAST + 1):,} bytes for {PAST + 1} tokens")

@@ -12,8 +12,9 @@ from typing import Any
 
 import paretoc as pc
 import torch
-from _models import arguments, data_folder, embed, interleaved, sts
+from _models import arguments, data_folder, embed, sts
 from _quality import Sentences
+from paretoc.compiler.cost import measure
 from torch import Tensor
 
 TARGETS = ("encoder.layer.*",)
@@ -95,10 +96,11 @@ def speed(model: Any, keeps: Sequence[float], runs: int) -> None:
     recipes = {"whole": [], **{f"keep {keep}": [step(keep, "svd")] for keep in keeps}}
     compiled = {name: pc.compile(model, passes, example_inputs=call, verify=False) for name, passes in recipes.items()}
     macs = {name: one.report(latency=False).compiled.macs for name, one in compiled.items()}
-    times = interleaved({name: (lambda one=one: one(**call)) for name, one in compiled.items()}, runs)
-    for name, (median, least) in times.items():
-        gained, ideal = times["whole"][0] / median, macs["whole"] / macs[name]
-        print(f"{name}: {median:.1f} ms (least {least:.1f}), × {gained:.2f}, fewer MACs × {ideal:.2f}")
+    calls = {name: (lambda one=one: one(**call)) for name, one in compiled.items()}
+    times = measure(calls, runs=runs, budget_s=float("inf"))
+    for name, time in times.items():
+        gained, ideal = times["whole"].median / time.median, macs["whole"] / macs[name]
+        print(f"{name}: {time.median:.1f} ms (least {time.minimum:.1f}), × {gained:.2f}, fewer MACs × {ideal:.2f}")
 
 
 def main() -> None:

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import paretoc as pc
 import torch
-from _models import arguments, data_folder, interleaved
+from _models import arguments, data_folder
 from _quality import Sentences, Stories
 from paretoc.compiler.calibrate import gather, read_batches
 from paretoc.compiler.canonical import canonicalize
+from paretoc.compiler.cost import measure
 from paretoc.plugins import AdaptiveComputation, CoreNeurons, MatFormer
 
 SEEDS = range(3)
@@ -141,12 +142,13 @@ def latency(bench: Sentences, models: dict[Any, pc.CompiledModel], batches: list
         models[form] = pc.compile(bench.model, [step], calibration=batches, verify=False)
     mask = torch.ones(8, 128, dtype=torch.int64)
     x = {"input_ids": torch.randint(1000, 20000, (8, 128)), "token_type_ids": 0 * mask, "attention_mask": mask}
-    times = interleaved({str(name): lambda m=m: m(**x) for name, m in models.items()}, runs)  # type: ignore[misc]
+    calls = {str(name): lambda m=m: m(**x) for name, m in models.items()}  # type: ignore[misc]
+    times = measure(calls, runs=runs, budget_s=float("inf"))
     full = times["1.0"]
-    for name, (median, least) in times.items():
+    for name, time in times.items():
         macs = models[float(name) if name[0].isdigit() else name].report(latency=False).to_dict()["compiled"]["macs"]
-        faster = f"{full[0] / median:.2f} × (minima {full[1] / least:.2f} ×)"
-        print(f"  {name:8s} {median:7.1f} ms, {faster}, {macs / 1e6:.0f} M MACs")
+        faster = f"{full.median / time.median:.2f} × (minima {full.minimum / time.minimum:.2f} ×)"
+        print(f"  {name:8s} {time.median:7.1f} ms, {faster}, {macs / 1e6:.0f} M MACs")
 
 
 def main() -> None:

@@ -25,8 +25,9 @@ import numpy as np
 import onnxruntime
 import paretoc as pc
 import torch
-from _models import Resnet50, arguments, interleaved, minilm
+from _models import Resnet50, arguments, minilm
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from paretoc.compiler.cost import measure
 from torch import Tensor
 
 Call = Callable[[], Any]
@@ -240,13 +241,13 @@ def run(load: Workload, runs: int, only: str) -> None:
         calls |= dict(openvino_peers(models, feed))
         calls |= {n: (lambda compiled=compiled, feed=feed: compiled(**feed)) for n, compiled in ours.items()}
         errors = {n: error(call(), reference) for n, call in calls.items()}
-        times = interleaved(calls, runs)
+        times = measure(calls, runs=runs, budget_s=float("inf"))
         base = times["PyTorch eager fp32"]
         print(f"\n{load.title}, batch {batch}\n{'':42s}{'ms':>9s} {'(min)':>9s}  × eager  (minima)  error")
-        for name, (middle, least) in times.items():
+        for name, time in times.items():
             print(
-                f"  {name:40s}{middle:9.2f} ({least:7.2f})  {base[0] / middle:6.2f}    ({base[1] / least:5.2f})"
-                f"   {errors[name]:.1e}",
+                f"  {name:40s}{time.median:9.2f} ({time.minimum:7.2f})  {base.median / time.median:6.2f}"
+                f"    ({base.minimum / time.minimum:5.2f})   {errors[name]:.1e}",
                 flush=True,
             )
 

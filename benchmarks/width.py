@@ -16,9 +16,9 @@ from typing import Any
 
 import paretoc as pc
 import torch
-from _models import Resnet, arguments, cifar, data_folder, interleaved
+from _models import Resnet, arguments, cifar, data_folder
 from _quality import Sentences, Stories, compiled_by
-from paretoc.compiler.cost import cost
+from paretoc.compiler.cost import cost, measure
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -126,11 +126,7 @@ def run_speed(folder: Path, count: int, criteria: list[str]) -> None:
     whole = pc.compile(bench.model, [], example_inputs=inputs)
     for title, recipe in MINILM.items():
         narrow = pc.compile(bench.model, [f"{recipe},criterion=magnitude,refit=false"], example_inputs=inputs)
-        times = interleaved({"whole": lambda: whole(**inputs), "narrow": lambda n=narrow: n(**inputs)}, count)
-        medians, minima = (times["narrow"][i] / times["whole"][i] for i in (0, 1))
-        print(
-            f"{title}: MACs {share(narrow):.3f}, latency {medians:.3f} of medians, {minima:.3f} of minima", flush=True
-        )
+        print(f"{title}: MACs {share(narrow):.3f}, latency {compared(whole, narrow, inputs, count)}", flush=True)
 
 
 def run_depth(folder: Path, count: int, criteria: list[str]) -> None:
@@ -161,11 +157,16 @@ def run_latency(folder: Path, count: int, criteria: list[str]) -> None:
     for recipe in ("prune_width:latency=0.7,criterion=magnitude,refit=false", "prune_depth:latency=0.7,unit=branch"):
         compiled = pc.compile(bench.model, [recipe], example_inputs=inputs, calibration=calibration, verify=False)
         found = compiled.report(latency=False).passes[-1]["metrics"]
-        times = interleaved({"whole": lambda: whole(**inputs), "pruned": lambda c=compiled: c(**inputs)}, count)
-        again = ", ".join(
-            f"{times['pruned'][i] / times['whole'][i]:.3f} of {n}" for i, n in enumerate(("medians", "minima"))
-        )
+        again = compared(whole, compiled, inputs, count)
         print(f"{recipe}: MACs {found['macs']:.3f}, measured {found['latency']:.3f}, again {again}", flush=True)
+
+
+def compared(whole: Any, pruned: Any, inputs: dict[str, Tensor], runs: int) -> str:
+    """Latency as a share of the whole model's."""
+    calls = {"whole": lambda: whole(**inputs), "pruned": lambda: pruned(**inputs)}
+    times = measure(calls, runs=runs, budget_s=float("inf"))
+    before, after = times["whole"], times["pruned"]
+    return f"{after.median / before.median:.3f} of medians, {after.minimum / before.minimum:.3f} of minima"
 
 
 def long_sentences() -> dict[str, Tensor]:

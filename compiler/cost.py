@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -80,13 +81,16 @@ class Latency:
 
 
 def measure(calls: Mapping[str, Callable[[], object]], *, runs: int = 10, budget_s: float = 20.0) -> dict[str, Latency]:
-    """Time several callables interleaved in this process, after one warm-up each; stops early at `budget_s`."""
+    """Time several callables interleaved in this process; stops early at `budget_s`.
+
+    They take turns in another order each round. A turn is two calls, of which the second counts: the first meets
+    threads of other libraries that still spin (PyTorch's do), and cold caches.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    deadline = time.perf_counter() + budget_s
+    deadline, order = time.perf_counter() + budget_s, random.Random(0)
     for round_number in range(runs):
-        for name, call in calls.items():
+        for name, call in order.sample(list(calls.items()), len(calls)):
+            call()
             start = time.perf_counter()
             call()
             times[name].append((time.perf_counter() - start) * 1e3)

@@ -139,6 +139,8 @@ def _weight_operand(node: fx.Node, kind: str) -> Any:
     index = {"embedding": 0, "norm": 2}.get(kind, 1)
     if node.target in BATCH_NORM:
         index = 1
+    if node.target is aten.convolution.default and operands(node)[6]:
+        return None  # transposed: its weight is [C, O/groups, …]
     return operands(node)[index] if len(operands(node)) > index else None
 
 

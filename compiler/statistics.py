@@ -138,9 +138,17 @@ class WeightedHistogram(Histogram):
 
     def update(self, state: Any, *values: Tensor) -> Any:
         x = values[0].detach().float()
-        energy = sum((column_energy(x, weight.detach()) for weight in values[2:]), column_energy(x, values[1].detach()))
+        counted, importance = state or (None, self._importance(x, values[1:]))
+        return self._count(counted, x, importance), importance
+
+    def _importance(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        energies = [column_energy(x, weight.detach()) for weight in weights]
+        energy = sum(energies[1:], energies[0])
         most = energy.max()
-        return self._count(state, x, (energy / most * 2**16).round() if most > 0 else torch.ones_like(energy))
+        return (energy / most * 2**16).round() if most > 0 else torch.ones_like(energy)
+
+    def finish(self, state: Any) -> tuple[Tensor, Tensor]:
+        return super().finish(state[0])
 
 
 def column_energy(x: Tensor, weight: Tensor) -> Tensor:

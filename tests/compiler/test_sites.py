@@ -84,6 +84,22 @@ def test_a_product_of_two_activations_is_no_weight_site():
     assert weight_sites(capture(Product(), (torch.randn(2, 4), torch.randn(3, 4)))) == []
 
 
+class General(nn.Module):
+    """The convolution operator that does every kind."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.weight, self.transposed = nn.Parameter(torch.randn(8, 4, 3, 3)), transposed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.convolution(x, self.weight, None, [1, 1], [1, 1], [1, 1], self.transposed, [0, 0], 1)
+
+
+def test_a_transposed_convolution_is_no_weight_site():
+    assert [site.kind for site in weight_sites(_canonical(General(False), torch.randn(2, 4, 6, 6)))] == ["conv"]
+    assert weight_sites(_canonical(General(True), torch.randn(2, 8, 6, 6))) == []
+
+
 def test_an_encoded_weight_is_the_same_site(models):
     from paretoc.compiler.encodings import Affine
 
