@@ -20,7 +20,7 @@ from .lower import Lowering
 from .optimise import optimise
 from .providers import CPU, Provider
 from .rule import STANDARD, Target
-from .speeds import ROWS, Speeds
+from .speeds import ROWS, Speeds, shipped
 
 _WIDTH, _LAYERS = 1024, 4
 _HEADS, _HEAD, _ATTENDED = 8, 64, (64, 128, 256, 512, 1024)
@@ -31,6 +31,7 @@ _TRIED: dict[str, tuple[Encoding | None, Any]] = {
     "DynamicMatMul": (Affine(8), _TENSOR),
     "SharedMatMul": (Affine(8), "static"),
     "RoundedMatMul": (Affine(8), "static"),
+    "ShiftedMatMul": (Affine(8), "static"),
     "IntegerMatMul": (Affine(8), _TOKEN),
     "GroupMatMul": (Affine(4, 32), {"granularity": "group32", "code": "int8"}),
     "BlockMatMul": (Affine(4, 32), None),
@@ -40,10 +41,10 @@ _TRIED: dict[str, tuple[Encoding | None, Any]] = {
 
 
 def measure_speeds(provider: Provider = CPU) -> Speeds:
-    """Every form that the provider takes against fp32, interleaved, and the rates of the roofline; takes about a
+    """Every form that the provider is given against fp32, interleaved, and the rates of the roofline; takes about a
     minute."""
     contrib = provider is CPU
-    tried = [name for name in _TRIED if contrib or name == "fp32" or FORMS[name].standard]
+    tried = ["fp32", *(name for name in _TRIED if name in shipped(provider.table).table)]
     found: dict[str, list[float]] = {name: [] for name in tried}
     for rows in ROWS:
         times = measure({name: _call(name, rows, provider) for name in tried}, runs=30)
@@ -52,7 +53,7 @@ def measure_speeds(provider: Provider = CPU) -> Speeds:
     del found["fp32"]
     many = 512
     operations = 2e-6 * many * _WIDTH**2 * _LAYERS
-    integers = "SharedMatMul" if contrib else "RoundedMatMul"
+    integers = "SharedMatMul" if contrib else "ShiftedMatMul"
     fastest = measure({"fp32": _call("fp32", many, provider), "int8": _call(integers, many, provider)}, runs=20)
     peaks = {name: round(operations / taken.minimum, 1) for name, taken in fastest.items()}
     large, copy = torch.ones(2, 1 << 25)
@@ -116,7 +117,8 @@ def _linear(graph: ir.Graph, x: ir.Value, site: str, encoding: Encoding | None, 
         parts = [_stored(graph, f"{site}.weight.{key}", arrays[key].numpy()) for key in encoding.layout(weight.shape)]
         attributes = {"encoding": str(encoding), "shape": list(weight.shape)}
         read = built.op("Decode", parts, attributes, domain="paretoc")
-    y = built.op("Linear", [x, read], domain="paretoc", output=ir.Value(name=f"{site}.y"))
+    bias = _stored(graph, f"{site}.bias", np.full(width, 0.1, dtype=np.float32))
+    y = built.op("Linear", [x, read, bias], domain="paretoc", output=ir.Value(name=f"{site}.y"))
     y.shape, y.type = ir.Shape((1, rows, width)), ir.TensorType(ir.DataType.FLOAT)
     return y
 

@@ -252,6 +252,6 @@ def test_calibration_measures_the_standard_forms(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(probe, "_WIDTH", 64)
     monkeypatch.setattr(probe, "_LAYERS", 1)
     kept = OpenVino("bf16").calibrate()
-    assert kept.speeds.keys() == {"RoundedMatMul", "IntegerMatMul", "StoredMatMul"}
+    assert kept.speeds.keys() == {"ShiftedMatMul", "RoundedMatMul", "IntegerMatMul", "StoredMatMul"}
     assert all(speed > 0 for row in kept.speeds.values() for speed in row.values())
     assert kept.kept.name.endswith("OpenVINOExecutionProvider-bf16.json")

@@ -6,7 +6,7 @@ import paretoc as pc
 import pytest
 import torch
 from paretoc.backends import OnnxRuntime
-from paretoc.backends.onnxruntime import probe, speeds
+from paretoc.backends.onnxruntime import forms, probe, speeds
 from paretoc.backends.onnxruntime.forms import FORMS
 from paretoc.backends.onnxruntime.speeds import MARGIN, ROWS, Speeds, cache_file, cpu_flags, load_speeds, shipped
 
@@ -14,6 +14,7 @@ from paretoc.backends.onnxruntime.speeds import MARGIN, ROWS, Speeds, cache_file
 SCHEMES = {
     "DynamicMatMul": "W8A8-dynamic",
     "SharedMatMul": "W8A8",
+    "ShiftedMatMul": "W8A8",
     "RoundedMatMul": "W8A8",
     "IntegerMatMul": "W8A8-dynamic,granularity=token",
     "GroupMatMul": "W4A8",
@@ -21,6 +22,8 @@ SCHEMES = {
     "StoredMatMul": "W4A16,symmetric=false",
     "FoldedMatMul": "W8A16",
 }
+#: what tables of ONNX Runtime's own providers hold: their kernels take zero points as they are
+OWN = FORMS.keys() - {"ShiftedMatMul"}
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +69,35 @@ def test_the_comparison_sees_a_wrong_form(layer, monkeypatch):
     assert _differences(layer, SCHEMES["FoldedMatMul"])[0] > 0.5
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_zero_point_moves_into_the_bias(bias):
+    _only("ShiftedMatMul").save()
+    net = torch.nn.Sequential(torch.nn.Linear(64, 32, bias), torch.nn.ReLU(), torch.nn.Linear(32, 8, bias)).eval()
+    assert _differences(net, "W8A8")[0] < 1e-5
+    compiled = pc.compile(net, ["quantize:W8A8"], example_inputs=(x := torch.randn(7, 64),), calibration=[x])
+    model = compiled._compiled().executable.model
+    stored = [node.inputs[2].const_value.numpy() for node in model.graph if node.op_type == "QuantizeLinear"]
+    read = [node.inputs[0].producer().inputs[2].const_value.numpy() for node in model.graph if node.op_type == "MatMul"]
+    assert [zero > 0 for zero in stored] == [True, False]  # that of what is behind a ReLU is 0 anyway
+    assert len(read) == 2 and not any(read)
+
+
+def test_a_zero_point_left_behind_is_caught(layer, monkeypatch):
+    monkeypatch.setattr(forms, "_number", lambda value: 0.0)
+    _only("ShiftedMatMul").save()
+    assert _differences(layer, "W8A8")[0] > 0.1
+
+
+def test_a_bias_that_is_computed_takes_no_zero_point():
+    class Linear(torch.nn.Linear):
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight, x.mean((0, 1))[:8])
+
+    _only("ShiftedMatMul").save()
+    difference, chosen = _differences(torch.nn.Sequential(Linear(64, 8)).eval(), "W8A8")
+    assert len(chosen) == 1 and chosen != ["ShiftedMatMul"] and difference < 1e-5
+
+
 def test_a_form_that_takes_less_memory_wins_unless_it_is_much_slower():
     table = Speeds({"small": (1.0, 0.5, 0.9), "large": (1.2, 1.0, 1.0)})
     assert [table.fastest(["small", "large"], rows) for rows in (1, 10, 20, 64, 1000)] == [
@@ -99,11 +131,11 @@ def _machine(monkeypatch, *flags: str) -> Speeds:
 def test_the_table_is_that_of_the_cpu(monkeypatch):
     with_vnni, without, unknown = (_machine(monkeypatch, *f) for f in (("avx2", "avx512_vnni"), ("avx2",), ()))
     amx = _machine(monkeypatch, "avx2", "avx512_vnni", "amx_int8")
-    assert amx.measured and amx.peaks["int8"] > 2 * with_vnni.peaks["int8"] and amx.table.keys() == FORMS.keys()
+    assert amx.measured and amx.peaks["int8"] > 2 * with_vnni.peaks["int8"] and amx.table.keys() == OWN
     assert (with_vnni.joint_rows, amx.joint_rows, unknown.joint_rows) == (256, 256, 0)
     assert with_vnni.measured and not with_vnni.stated
     assert without.stated and unknown.stated and not without.measured and not unknown.measured
-    assert all(table.table.keys() == FORMS.keys() for table in (with_vnni, without, unknown))
+    assert all(table.table.keys() == OWN for table in (with_vnni, without, unknown))
     for form, share in (("DynamicMatMul", 1 / 2), ("GroupMatMul", 2 / 3), ("FoldedMatMul", 1)):
         assert [without.of(form, r) for r in ROWS] == pytest.approx([with_vnni.of(form, r) * share for r in ROWS])
     assert not any(unknown.known(form) or unknown.of(form, 1) >= MARGIN for form in FORMS)
@@ -114,14 +146,14 @@ def test_where_no_speed_is_known_the_order_of_the_table_chooses(monkeypatch):
     assert cpu.fastest(["IntegerMatMul", "StoredMatMul", "FoldedMatMul"], 16) == "IntegerMatMul"
     assert cpu.fastest(["StoredMatMul", "FoldedMatMul"], 1) == "FoldedMatMul"
     cuda = load_speeds("CUDAExecutionProvider")
-    assert cuda.table.keys() == FORMS.keys() and "CUDA" in cuda.stated
+    assert cuda.table.keys() == OWN and "CUDA" in cuda.stated
     assert cuda.fastest(["IntegerMatMul", "StoredMatMul", "FoldedMatMul"], 16) == "FoldedMatMul"
     assert cuda.fastest(["BlockMatMul", "StoredMatMul"], 1) == "BlockMatMul"
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
 def test_openvino_has_a_table_of_its_own(precision, monkeypatch):
-    """Of the forms with standard operators; whatever is known of it, a static product is QDQ."""
+    """Of the forms with standard operators; whatever is known of it, a static product is QDQ without a zero point."""
     name = f"OpenVINOExecutionProvider-{precision}"
     standard = {form for form in FORMS if FORMS[form].standard}
     for flags in (("avx2", "amx_int8"), ("avx2", "avx512_vnni")):
@@ -129,7 +161,7 @@ def test_openvino_has_a_table_of_its_own(precision, monkeypatch):
         table = load_speeds(name)
         assert table.table.keys() == standard and bool(table.stated) is ("amx_int8" not in flags)
         fitting = [form for form in FORMS if form in standard]
-        assert all(table.fastest(fitting, rows) == "RoundedMatMul" for rows in ROWS)
+        assert all(table.fastest(fitting, rows) == "ShiftedMatMul" for rows in ROWS)
     kept = {form: (7.0,) * len(ROWS) for form in standard}
     Speeds(kept).save(name)
     assert load_speeds(name).of("IntegerMatMul", 1) == 7.0 and load_speeds() == shipped()
@@ -171,7 +203,7 @@ def test_calibration_measures_every_form_and_is_used_afterwards(monkeypatch):
     monkeypatch.setattr(probe, "_WIDTH", 64)
     monkeypatch.setattr(probe, "_LAYERS", 1)
     kept = OnnxRuntime().calibrate()
-    assert kept.speeds.keys() == FORMS.keys()
+    assert kept.speeds.keys() == OWN
     assert all(speed > 0 for row in kept.speeds.values() for speed in row.values())
     used = load_speeds()
     assert "this machine" in used.measured
