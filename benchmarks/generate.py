@@ -114,8 +114,10 @@ def run_llama(folder: str | None, runs: int) -> None:
         calls |= {name: step(ours, ids, tokens) for name, ours in models.items()}
         print(f"Llama of {parameters / 1e6:.0f} M parameters, {title}")
         show(calls, runs, tokens.stop - tokens.start)
+    table = model.get_input_embeddings().weight.nbytes  # a token reads one row of it
     for name, ours in models.items():
-        print(f"  {name}: {ours._compiled().executable.stored_bytes() / 1e6:.0f} MB of weights")
+        stored = ours._compiled().executable.stored_bytes()
+        print(f"  {name}: {stored / 1e6:.0f} MB of weights, of which a token reads {(stored - table) / 1e6:.0f}")
     print(f"  cache: {cache_bytes(models, PAST + 1):,} bytes for {PAST + 1} tokens")
 
 

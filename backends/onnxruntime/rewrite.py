@@ -19,7 +19,15 @@ from .rewrite_attention import (
     TransposedKeys,
     VisibleRows,
 )
-from .rewrite_codes import EmptyPad, PaddedConvolution, SaturatedClip, ScaledCodes, SignedFactor, SignedKeys
+from .rewrite_codes import (
+    EmptyPad,
+    PaddedConvolution,
+    PooledCodes,
+    SaturatedClip,
+    ScaledCodes,
+    SignedFactor,
+    SignedKeys,
+)
 from .rewrite_norms import ResidualSum, RootMeanSquareNorm, SkipRootMeanSquareNorm
 from .rule import STANDARD, Rule, Target
 
@@ -27,7 +35,7 @@ from .rule import STANDARD, Rule, Target
 _ORDER: tuple[type[Rule], ...] = (
     ResidualSum, RootMeanSquareNorm, SkipRootMeanSquareNorm,
     GroupedHeads, Rotary, RotaryInside, HeadsInside, JointAttention, AddedMask, VisibleRows, TransposedKeys,
-    EmptyPad, PaddedConvolution, SaturatedClip, SignedFactor, SignedKeys, ScaledCodes,
+    EmptyPad, PaddedConvolution, PooledCodes, SaturatedClip, SignedFactor, SignedKeys, ScaledCodes,
 )  # fmt: skip
 
 

@@ -63,6 +63,33 @@ class PaddedConvolution(Rule):
         return padding
 
 
+class PooledCodes(Rule):
+    """The largest value, rounded, is the largest of rounded values: these the convolution before rounds itself, and
+    fewer bytes are pooled. OpenVINO takes .96 of a ResNet-50's time; ONNX Runtime's optimiser does the same."""
+
+    def pattern(self, op: Any, x: ir.Value, scale: ir.Value, zero: ir.Value) -> Any:
+        pooled = op.MaxPool(x, _allow_other_attributes=True, _outputs=["pooled"])
+        return op.DequantizeLinear(op.QuantizeLinear(pooled, scale, zero), scale, zero)
+
+    def check(self, context: Any, x: ir.Value, scale: ir.Value, pooled: ir.Value, **_: Any) -> MatchResult:
+        node, before = pooled.producer(), x.producer()
+        assert node is not None
+        if before is not None and before.op_type == "DequantizeLinear":
+            return MatchResult().fail("what is pooled is rounded before")
+        if number_of(scale) is None:
+            return MatchResult().fail("its scale is not one known number")
+        if len(pooled.uses()) > 1 or len(node.outputs) > 1:
+            return MatchResult().fail("what is pooled is read as it is, too")
+        return MatchResult()
+
+    def rewrite(self, op: Any, x: ir.Value, scale: ir.Value, zero: ir.Value, pooled: ir.Value, **_: Any) -> Any:
+        node = pooled.producer()
+        assert node is not None
+        values = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
+        pooled = op.MaxPool(values, **node.attributes)
+        return op.DequantizeLinear(op.QuantizeLinear(pooled, scale, zero), scale, zero)
+
+
 class SaturatedClip(Rule):
     """Codes that end where a Clip does need no Clip: bit by bit the same."""
 

@@ -26,6 +26,7 @@ from paretoc.backends.onnxruntime.rewrite_attention import (
 from paretoc.backends.onnxruntime.rewrite_codes import (
     EmptyPad,
     PaddedConvolution,
+    PooledCodes,
     SaturatedClip,
     ScaledCodes,
     SignedFactor,
@@ -646,6 +647,47 @@ def test_a_clip_inside_the_codes_stays(low: float, high: float, zero: int) -> No
     assert "beyond the bounds" in _reason(SaturatedClip, text)
     bare = text.replace("QuantizeLinear(clipped", "QuantizeLinear(wide")
     assert (_run(_model(text))[0] != _run(_model(bare))[0]).any()
+
+
+def _pooled(scale: str = "value_float=0.03", zero: int = 120, x: str = "x", more: str = "z = Relu(x)") -> str:
+    return f"""g (float[B,2,7,7] x) => (float[B,2,4,4] y, float[B,2,R,R] z) {{
+    scale = Constant<{scale}>()
+    zero = Constant<value=uint8 {{{zero}}}>()
+    before = QuantizeLinear(x, scale, zero)
+    rounded = DequantizeLinear(before, scale, zero)
+    pooled = MaxPool<kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]>({x})
+    codes = QuantizeLinear(pooled, scale, zero)
+    y = DequantizeLinear(codes, scale, zero)
+    {more}
+}}"""
+
+
+@pytest.mark.parametrize("zero", [0, 120, 255])
+def test_values_are_rounded_before_they_are_pooled(zero: int) -> None:
+    """Bit by bit the same, on codes that end where values go on."""
+    text = _pooled(zero=zero)
+    operators = _equal(PooledCodes, text)
+    assert operators.index("QuantizeLinear") < operators.index("MaxPool")
+    was, now = (_run(model)[0] for model in (_model(text), _applied(PooledCodes, _model(text))[0]))
+    assert (was == now).all() and len(np.unique(was)) > 10
+
+
+def test_values_that_are_rounded_or_read_elsewhere_stay() -> None:
+    assert "rounded before" in _reason(PooledCodes, _pooled(x="rounded"))
+    assert "as it is" in _reason(PooledCodes, _pooled(more="z = Relu(pooled)"))
+    assert "not one known number" in _reason(PooledCodes, _pooled().replace(
+        "scale = Constant<value_float=0.03>()", "mean = ReduceMean<keepdims=0>(x)\n    scale = Abs(mean)"
+    ))  # fmt: skip
+
+
+def test_a_window_that_is_lost_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lossy(self: PooledCodes, op: Any, x: Any, scale: Any, zero: Any, **_: Any) -> Any:
+        values = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
+        return op.MaxPool(values, kernel_shape=[1, 1], strides=[2, 2])
+
+    monkeypatch.setattr(PooledCodes, "rewrite", lossy)
+    with pytest.raises(AssertionError):
+        _equal(PooledCodes, _pooled())
 
 
 # -- products of codes -------------------------------------------------------------------------------------------
