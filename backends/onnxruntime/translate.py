@@ -6,14 +6,16 @@ the domain `paretoc` (see `lower.py`); everything else goes through `torch.onnx.
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
-from torch.export import Dim
+from torch._ops import OpOverload
+from torch.export import Dim, ExportedProgram
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from ...compiler.errors import LoweringError
@@ -119,12 +121,22 @@ def _attention(
     return aten.scaled_dot_product_attention.default(query, key, value, mask, *rest, **options)  # type: ignore[no-any-return]
 
 
+def _pooled(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Averages of equal parts; of all of them, the mean."""
+    if any(count != 1 for count in size):
+        pool = aten.adaptive_avg_pool1d if len(size) == 1 else aten.adaptive_avg_pool2d
+        return pool.default(x, size)  # type: ignore[no-any-return]
+    return x.mean(tuple(range(-len(size), 0)), keepdim=True)
+
+
 def _grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x `[S, K]` sorted by expert, weight `[E, K, N]`, ends `[E]` the end of each expert's rows → `[S, N]`."""
     shape = (x.shape[0], weight.shape[-1])
     return symbolic("paretoc::GroupedMatMul", [x, weight, ends], dtype=x.dtype, shape=shape, version=1)
 
 
+#: what calls Python's own functions, on sizes and tuples
+_PYTHON = {value for value in vars(operator).values() if callable(value)}
 #: operators that other libraries define, by name
 FOREIGN: dict[str, Callable[..., Any]] = {"transformers.grouped_mm_fallback.default": _grouped_matmul}
 #: our translation table: operator of the program → function that emits its ONNX form
@@ -136,6 +148,13 @@ TABLE: dict[Any, Callable[..., Any]] = {
     paretoc.bipartite_match.default: _bipartite_match,
     paretoc.merge_tokens.default: _merge_tokens,
     paretoc.keep_tokens.default: _keep_tokens,
+    # what the exporter would have to decompose
+    aten.__and__.Tensor: torch.bitwise_and,
+    aten.__or__.Tensor: torch.bitwise_or,
+    aten.min.other: torch.minimum,
+    aten.max.other: torch.maximum,
+    aten.adaptive_avg_pool1d.default: _pooled,
+    aten.adaptive_avg_pool2d.default: _pooled,
 }
 
 
@@ -152,6 +171,7 @@ def translate(program: Program, opset: int) -> ir.Model:
     try:
         with quiet(), torch.no_grad():
             exported = torch.export.export(program.module, tuple(program.example), dynamic_shapes=axes)
+            _decompose_if_needed(exported)
             onnx_program = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -167,6 +187,19 @@ def translate(program: Program, opset: int) -> ir.Model:
     model = onnx_program.model
     _name_axes(program, model)
     return model
+
+
+def _decompose_if_needed(exported: ExportedProgram) -> None:
+    """`torch.onnx.export` traces a program once more to decompose what ONNX has no form for, which takes as long as the
+    rest of it. A program is functional already: where it holds no such operator, that would return what it got."""
+    decompose = exported.run_decompositions
+
+    def decomposed(table: Mapping[Any, Any] | None = None) -> ExportedProgram:
+        called = {node.target for node in exported.graph.nodes if node.op == "call_function"}
+        plain = all(isinstance(target, OpOverload) and not target._schema.is_mutable for target in called - _PYTHON)
+        return exported if table and plain and called.isdisjoint(table) else decompose(table)
+
+    exported.run_decompositions = decomposed
 
 
 def _explained(program: Program, error: Exception) -> LoweringError:

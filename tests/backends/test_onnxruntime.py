@@ -95,6 +95,40 @@ def test_the_portable_file_holds_standard_operators_only(net: Net, recipe: list[
     assert session.run(None, {"ids": IDS.numpy()})[0].shape == (2, 12, 64)
 
 
+class Other(nn.Module):
+    """Operators for which ONNX has another name, or which are a mean."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        low, high = torch.min(x, y), torch.max(x, y)
+        chosen = ((x > 0) & (y > 0)) | (x < -1)
+        images = x.unflatten(-1, (4, 4))
+        pooled = nn.functional.adaptive_avg_pool1d(x, 1), nn.functional.adaptive_avg_pool2d(images, 1)
+        return low, high, torch.where(chosen, x, y), *pooled
+
+
+class Pooled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.adaptive_avg_pool2d(x, 2)
+
+
+def test_a_program_is_traced_again_only_to_decompose_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, decompose = [], torch.export.ExportedProgram.run_decompositions
+
+    def run(self: Any, table: Any = None) -> Any:
+        tables.append(table)
+        return decompose(self, table)
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", run)
+    for model, again in ((Other(), False), (Pooled(), True)):
+        example = (torch.randn(2, 3, 16), torch.randn(2, 3, 16)) if not again else (torch.randn(2, 3, 4, 4),)
+        tables.clear()
+        compiled = pc.compile(model.eval(), [], example_inputs=example, verify=False)
+        assert any(tables) is again
+        got, want = compiled(*example), model(*example)
+        for one, other in zip(*([got], [want]) if again else (got, want), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_the_opset_is_the_lowest_that_holds_the_encodings(net: Net, tmp_path: Path) -> None:
     def opset(recipe: list[str]) -> int:
         build(net, recipe, "onnx").export_onnx(tmp_path / "model.onnx")
