@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.onnx.ops import symbolic, symbolic_multi_out
@@ -121,6 +121,10 @@ def _attention(
     return aten.scaled_dot_product_attention.default(query, key, value, mask, *rest, **options)  # type: ignore[no-any-return]
 
 
+def _cast(x: Tensor, dtype: torch.dtype, *_: Any, **__: Any) -> Tensor:
+    return x if x.dtype == dtype else aten._to_copy.default(x, dtype=dtype)
+
+
 def _pooled(x: Tensor, size: Sequence[int]) -> Tensor:
     """Averages of equal parts; of all of them, the mean."""
     if any(count != 1 for count in size):
@@ -149,6 +153,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     paretoc.merge_tokens.default: _merge_tokens,
     paretoc.keep_tokens.default: _keep_tokens,
     # what the exporter would have to decompose
+    aten.to.dtype: _cast,
     aten.__and__.Tensor: torch.bitwise_and,
     aten.__or__.Tensor: torch.bitwise_or,
     aten.min.other: torch.minimum,
@@ -165,14 +170,14 @@ def translate(program: Program, opset: int) -> ir.Model:
     for node in program.graph.nodes:
         if node.op == "call_function":
             node.target = table.get(node.target) or FOREIGN.get(str(node.target)) or node.target
+    _part_outputs(program)
     program.module.recompile()
     axes = tuple(dict.fromkeys(opened, Dim.AUTO) for opened in program.dynamic)
     names = program.interface.output_names()
     try:
         with quiet(), torch.no_grad():
             exported = torch.export.export(program.module, tuple(program.example), dynamic_shapes=axes)
-            _decompose_if_needed(exported)
-            onnx_program = torch.onnx.export(
+            onnx_program = _converted(
                 exported,
                 dynamo=True,
                 opset_version=opset,
@@ -189,9 +194,23 @@ def translate(program: Program, opset: int) -> ir.Model:
     return model
 
 
-def _decompose_if_needed(exported: ExportedProgram) -> None:
+def _part_outputs(program: Program) -> None:
+    """Every output gets a value of its own, which can have its name: not that of an input, or of another output."""
+    seen: set[fx.Node] = set(program.placeholders)
+
+    def apart(node: fx.Node) -> fx.Node:
+        if node not in seen:
+            seen.add(node)
+            return node
+        with program.graph.inserting_before(program.output):
+            return program.graph.call_function(aten.clone.default, (node,))
+
+    program.output.args = fx.map_arg(program.output.args, apart)
+
+
+def _converted(exported: ExportedProgram, **options: Any) -> torch.onnx.ONNXProgram | None:
     """`torch.onnx.export` traces a program once more to decompose what ONNX has no form for, which takes as long as the
-    rest of it. A program is functional already: where it holds no such operator, that would return what it got."""
+    rest of it. A program is functional already: one that holds no such operator is given as it is first."""
     decompose = exported.run_decompositions
 
     def decomposed(table: Mapping[Any, Any] | None = None) -> ExportedProgram:
@@ -200,6 +219,11 @@ def _decompose_if_needed(exported: ExportedProgram) -> None:
         return exported if table and plain and called.isdisjoint(table) else decompose(table)
 
     exported.run_decompositions = decomposed
+    try:
+        return torch.onnx.export(exported, **options)
+    except Exception:
+        del exported.run_decompositions
+        return torch.onnx.export(exported, **options)
 
 
 def _explained(program: Program, error: Exception) -> LoweringError:

@@ -12,6 +12,7 @@ import onnxruntime
 import paretoc as pc
 import pytest
 import torch
+from paretoc.backends.onnxruntime import translate
 from torch import nn
 
 
@@ -103,7 +104,7 @@ class Other(nn.Module):
         chosen = ((x > 0) & (y > 0)) | (x < -1)
         images = x.unflatten(-1, (4, 4))
         pooled = nn.functional.adaptive_avg_pool1d(x, 1), nn.functional.adaptive_avg_pool2d(images, 1)
-        return low, high, torch.where(chosen, x, y), *pooled
+        return low, high, torch.where(chosen, x, y), chosen.to(torch.float32), x.to(torch.float32), *pooled
 
 
 class Pooled(nn.Module):
@@ -127,6 +128,38 @@ def test_a_program_is_traced_again_only_to_decompose_it(monkeypatch: pytest.Monk
         got, want = compiled(*example), model(*example)
         for one, other in zip(*([got], [want]) if again else (got, want), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_converted_as_it_is_is_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator of which the exporter does not say that it would decompose it."""
+    monkeypatch.delitem(translate.TABLE, torch.ops.aten.to.dtype)
+
+    class Cast(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x > 0) + x
+
+    x = torch.randn(3, 4)
+    program = pc.capture(Cast(), x)
+    (total,) = program.calls(torch.ops.aten.add.Tensor)
+    with program.graph.inserting_before(total):
+        total.replace_input_with(
+            total.args[0], program.graph.call_function(torch.ops.aten.to.dtype, (total.args[0], torch.float32))
+        )
+    program.refresh()
+    model = translate.translate(program, 18)
+    assert "Cast" in [node.op_type for node in model.graph]
+
+
+@pytest.mark.parametrize("target", ["onnx", "onnxruntime"])
+def test_an_input_or_one_value_twice_may_be_returned(target: str) -> None:
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            y = x + 1
+            return y, x, y
+
+    x = torch.randn(3, 4)
+    outputs = pc.compile(Twice(), [], example_inputs=x, target=target, verify=False)(x)
+    assert [torch.equal(got, want) for got, want in zip(outputs, (x + 1, x, x + 1), strict=True)] == [True] * 3
 
 
 def test_the_opset_is_the_lowest_that_holds_the_encodings(net: Net, tmp_path: Path) -> None:
