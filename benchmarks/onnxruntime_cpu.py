@@ -5,7 +5,7 @@
 Peers: ONNX Runtime's own export and its two quantisers; OpenVINO with NNCF where they are installed (`pip install
 openvino nncf`), computing in f32 and in what OpenVINO chooses, bf16 where the CPU can, for inputs of any size and of
 one. paretoc: ONNX Runtime's own kernels, and with `paretoc[openvino]` installed OpenVINO's inside ONNX Runtime, in f32
-and in bf16. All contenders of a row run interleaved in one process; the table gives medians, minima in brackets,
+and in bf16. All contenders of a row take turns in one process; the table gives medians, minima in brackets,
 multiples of PyTorch eager fp32 (medians, minima) and the relative L2 error of the first output against PyTorch eager.
 paretoc compiles for the batch of a row, which decides on kernels; every model takes any batch. MiniLM has its real
 weights, the others random ones.

@@ -1,8 +1,8 @@
 """The execution providers of ONNX Runtime that a session can run on: its own for CPUs, and OpenVINO.
 
 OpenVINO comes as a plugin (`pip install paretoc[openvino]`) and takes whole graphs of standard operators. Where the CPU
-has AMX it is about as fast as ONNX Runtime's own kernels on MiniLM and faster on the other models measured, most of all
-on convolutions (`benchmarks/onnxruntime_cpu.py`).
+has AMX it is faster than ONNX Runtime's own kernels on the models measured, most of all on convolutions
+(`benchmarks/onnxruntime_cpu.py`).
 """
 
 from __future__ import annotations
