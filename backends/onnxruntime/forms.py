@@ -19,14 +19,15 @@ round. Among those that fit a layer, `speeds.py` says which is fastest on this m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
 from ...compiler.dialect.activations import FLOATS, UNSIGNED, group_of
 from .integers import Integers, pack_bits
+from .rule import number_of
 
 if TYPE_CHECKING:
     from .lower import Lowering
@@ -163,25 +164,14 @@ class ShiftedMatMul:
 
     def emit(self, lowering: Lowering, linear: Linear) -> ir.Value:
         assert linear.quantiser is not None
-        node, site, stored = linear.node, linear.site, linear.stored
         codes, scale, zero = lowering.quantised_input(linear.quantiser)
         nought = lowering.constant("codes.nought", np.array(0, dtype=np.uint8))
-        values = lowering.emit(node, "DequantizeLinear", [codes, scale, nought])
-        weight = lowering.stored_weight(node, stored.transposed(), site)
-        product = lowering.emit(node, "MatMul", [values, weight], name=site)
-        sums = stored.codes.sum(1) * stored.scale.ravel().astype(np.float64)
-        shift = _number(scale) * _number(zero) * sums
-        bias = -shift if linear.bias is None else _array(linear.bias) - shift
-        return lowering.add_bias(node, product, lowering.constant(f"{site}.bias.shifted", bias.astype(np.float32)))
-
-
-def _array(value: ir.Value) -> np.ndarray[Any, Any]:
-    assert value.const_value is not None
-    return np.asarray(value.const_value.numpy())
-
-
-def _number(value: ir.Value) -> float:
-    return float(_array(value).item())
+        values = lowering.emit(linear.node, "DequantizeLinear", [codes, scale, nought])
+        sums = linear.stored.codes.sum(1) * linear.stored.scale.ravel().astype(np.float64)
+        own = 0.0 if linear.bias is None or linear.bias.const_value is None else linear.bias.const_value.numpy()
+        bias = own - (number_of(scale) or 0.0) * (number_of(zero) or 0.0) * sums
+        shifted = lowering.constant(f"{linear.site}.bias.shifted", bias.astype(np.float32))
+        return FORMS["StoredMatMul"].emit(lowering, replace(linear, x=values, bias=shifted))
 
 
 class IntegerMatMul:

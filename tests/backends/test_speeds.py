@@ -83,7 +83,7 @@ def test_a_zero_point_moves_into_the_bias(bias):
 
 
 def test_a_zero_point_left_behind_is_caught(layer, monkeypatch):
-    monkeypatch.setattr(forms, "_number", lambda value: 0.0)
+    monkeypatch.setattr(forms, "number_of", lambda value: 0.0)
     _only("ShiftedMatMul").save()
     assert _differences(layer, "W8A8")[0] > 0.1
 
