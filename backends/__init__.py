@@ -1,5 +1,5 @@
-"""Where a program runs: eager PyTorch (the reference), portable ONNX, ONNX Runtime and OpenVINO inside it, Triton
-kernels on a GPU."""
+"""Where a program runs: eager PyTorch (the reference), portable ONNX, ONNX Runtime, OpenVINO, Triton kernels on a
+GPU."""
 
 from __future__ import annotations
 

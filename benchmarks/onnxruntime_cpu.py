@@ -4,11 +4,11 @@
 
 Peers: ONNX Runtime's own export and its two quantisers; OpenVINO with NNCF where they are installed (`pip install
 openvino nncf`), computing in f32 and in what OpenVINO chooses, bf16 where the CPU can, for inputs of any size and of
-one. paretoc: ONNX Runtime's own kernels, and with `paretoc[openvino]` installed OpenVINO's inside ONNX Runtime, in f32
-and in bf16. All contenders of a row take turns in one process; the table gives medians, minima in brackets,
-multiples of PyTorch eager fp32 (medians, minima) and the relative L2 error of the first output against PyTorch eager.
-paretoc compiles for the batch of a row, which decides on kernels; every model takes any batch. MiniLM has its real
-weights, the others random ones.
+one. paretoc: ONNX Runtime's own kernels, and with `paretoc[openvino]` installed OpenVINO's, in f32 and in bf16. All
+contenders of a row take turns in one process; the table gives medians, minima in brackets, multiples of PyTorch eager
+fp32 (medians, minima) and the relative L2 error of the first output against PyTorch eager. paretoc compiles for the
+batch of a row, which decides on kernels; every model takes any batch. MiniLM has its real weights, the others random
+ones.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def run(load: Workload, runs: int, only: str) -> None:
         models = [m for m in openvino_models(load) if wanted(m[0])]
     for batch in load.batches:
         feed = {k: v[:batch].contiguous() for k, v in load.example.items()}
-        with_openvino = importlib.util.find_spec("onnxruntime_ep_openvino") is not None
+        with_openvino = importlib.util.find_spec("openvino") is not None
         ours = {
             f"{_TARGETS[target]} {name}": pc.compile(
                 load.model, passes, example_inputs=feed, calibration=load.calibration, target=target

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import onnx
 import paretoc as pc
 import pytest
 import torch
@@ -254,14 +253,10 @@ UNCLAIMED = {"mixtral": 16, "mamba": 2}
 CONSTANT = {"deberta_v2": 4}
 
 
-def census(compiled: pc.CompiledModel, folder: Path) -> tuple[int, int, int]:
+def census(compiled: pc.CompiledModel) -> tuple[int, int, int]:
     """Matrix products and convolutions of the session's optimised graph with a constant weight: (on integers, on
     packed 4-bit weights, on floating ones). Constant is what does not hang on an input of the model."""
-    executable = compiled._compiled().executable
-    options = executable.session_options()
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
-    executable._start(options)
-    graph = onnx.load(folder / "optimised.onnx").graph
+    graph, _ = compiled._compiled().executable.profiled()
     known = {tensor.name for tensor in graph.initializer}
     integers = packed = floats = 0
     for node in graph.node:
@@ -283,7 +278,7 @@ def test_the_census_sees_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     layer, x = nn.Linear(32, 16).eval(), torch.randn(2, 3, 32)
 
     def counted() -> tuple[int, int, int]:
-        return census(pc.compile(layer, ["quantize:W8A8-dynamic"], example_inputs=x, verify=False), tmp_path)
+        return census(pc.compile(layer, ["quantize:W8A8-dynamic"], example_inputs=x, verify=False))
 
     assert counted() == (1, 0, 0)
     Speeds({name: (float(name == "FoldedMatMul"),) * 3 for name in FORMS}).save()
@@ -291,7 +286,7 @@ def test_the_census_sees_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A8-dynamic", "W4A8,group_size=16", "W4A16,group_size=16"])
-def test_no_claimed_site_runs_in_fp32_unsaid(member: Member, scheme: str, tmp_path: Path) -> None:
+def test_no_claimed_site_runs_in_fp32_unsaid(member: Member, scheme: str) -> None:
     """Done when `explain()` accounts for every matrix product of the graph that runs."""
     if scheme.startswith("W4A16") and member.name == "unet":
         pytest.skip("it has no linear layer, the scheme takes nothing else")
@@ -306,7 +301,7 @@ def test_no_claimed_site_runs_in_fp32_unsaid(member: Member, scheme: str, tmp_pa
     assert all(row.kernel.startswith("fp32 ") and row.note.startswith("not accelerated: ") for row in left), left
     constant, floats = CONSTANT.get(member.name, 0), len(left) + len(dense) + UNCLAIMED.get(member.name, 0)
     counted = (max(len(integer) - constant, 0), max(len(packed) - constant, 0), floats)
-    assert census(compiled, tmp_path) == counted
+    assert census(compiled) == counted
     if not any("conv" in row.kernel.lower() for row in left):
         assert not left, "every linear layer has an integer kernel"
 
@@ -316,7 +311,7 @@ FLOATING_ON_OPENVINO = {"deberta_v2": 4}
 
 
 def test_static_ranges_run_on_integers_on_openvino(member: Member) -> None:
-    pytest.importorskip("onnxruntime_ep_openvino", reason="OpenVINO's plugin is not installed")
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
     compiled = member.compiled("W8A8", "openvino")
     for batch in (1, 5):
         feed = widen(member.inputs, batch)

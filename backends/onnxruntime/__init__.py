@@ -10,7 +10,7 @@ from ...compiler.backend import Calibration, Executable
 from ...compiler.program import Program
 
 if TYPE_CHECKING:
-    from .providers import Provider
+    from .runtimes import Runtime
 
 
 class Onnx:
@@ -20,20 +20,20 @@ class Onnx:
     #: whether it may use com.microsoft operators
     contrib = False
 
-    def provider(self) -> Provider:
-        from .providers import CPU
+    def runtime(self) -> Runtime:
+        from .runtimes import CPU
 
         return CPU
 
     def lower(self, program: Program, options: Mapping[str, Any]) -> Executable:
         from .executable import OnnxExecutable
 
-        return OnnxExecutable.from_program(program, contrib=self.contrib, provider=self.provider())
+        return OnnxExecutable.from_program(program, contrib=self.contrib, runtime=self.runtime())
 
     def load(self, directory: Path, settings: Mapping[str, Any]) -> Executable:
         from .executable import OnnxExecutable
 
-        return OnnxExecutable.from_directory(directory, settings, self.provider())
+        return OnnxExecutable.from_directory(directory, settings, self.runtime())
 
     def save_all(self, executables: Mapping[str, Any], directory: Path) -> dict[str, dict[str, Any]]:
         from .executable import save_all
@@ -50,11 +50,11 @@ class OnnxRuntime(Onnx):
     prepares = ("center_stream",)
 
     def calibrate(self) -> Calibration:
-        return _calibrate(self.provider())
+        return _calibrate(self.runtime())
 
 
 class OpenVino(Onnx):
-    """target="openvino": standard operators, run by OpenVINO inside ONNX Runtime; "openvino-bf16": its floating
+    """target="openvino": standard operators, run by OpenVINO; "openvino-bf16": its floating
     operators in bf16 where the CPU can, which rounds what no pass of the program does."""
 
     def __init__(self, precision: str = "f32") -> None:
@@ -65,22 +65,22 @@ class OpenVino(Onnx):
             () if precision == "f32" else (f"floating operators compute in {precision}; fidelity is without it",)
         )
 
-    def provider(self) -> Provider:
-        from . import providers
+    def runtime(self) -> Runtime:
+        from . import runtime_openvino
 
-        return providers.OpenVino(self.precision)
+        return runtime_openvino.OpenVino(self.precision)
 
     def calibrate(self) -> Calibration:
-        return _calibrate(self.provider())
+        return _calibrate(self.runtime())
 
 
-def _calibrate(provider: Provider) -> Calibration:
+def _calibrate(runtime: Runtime) -> Calibration:
     from .probe import measure_speeds
     from .speeds import ROWS
 
-    measured = measure_speeds(provider)
+    measured = measure_speeds(runtime)
     table = {form: {_rows(r): v for r, v in zip(ROWS, row, strict=True)} for form, row in measured.table.items()}
-    return Calibration(table, measured.save(provider.table))
+    return Calibration(table, measured.save(runtime.table))
 
 
 def _rows(count: int) -> str:

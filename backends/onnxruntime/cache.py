@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, fx
 from torch.onnx.ops import symbolic_multi_out
 
-from ...compiler.causal import Cache
 from ...compiler.program import Program, argument, operands, shape_of
 from ...compiler.sites import AttentionSite, attention_sites
 from .denormals import flushed
+from .runtimes import OrtSession, Session
 
 aten = torch.ops.aten
 #: the kernel takes heads whose width is a multiple of this
@@ -199,30 +199,17 @@ def row_by_row(run: Callable[[Sequence[Tensor]], list[Tensor]], inputs: Sequence
     return [torch.cat(parts) for parts in zip(*rows, strict=True)]
 
 
-class CachedDecoder:
-    """Calls one session for prefill and for each token; the cache stays in ONNX Runtime's memory between calls.
-
-    `shared`: past and present are one buffer of the full length, into which each call writes its rows. Otherwise the
-    present of one call is the past of the next.
-    """
+class SharedDecoder:
+    """Calls one session for prefill and for each token; past and present are one buffer of the full length, in ONNX
+    Runtime's memory, into which each call writes its rows."""
 
     def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        inputs: Sequence[str],
-        outputs: Sequence[str],
-        cache: Cache,
-        batch: int,
-        tokens: int,
-        *,
-        shared: bool,
+        self, session: OrtSession, inputs: Sequence[str], outputs: Sequence[str], buffers: Sequence[Tensor]
     ) -> None:
-        self.session, self.shared = session, shared
+        self.session, self.known = session.session, session.inputs
         self.fed, self.pasts = inputs[:3], inputs[3:]
         self.logits, *self.presents = outputs
-        self.known = {i.name for i in session.get_inputs()}
-        buffers = cache.zeros(batch, tokens if shared else 0)
-        self.past = [onnxruntime.OrtValue.ortvalue_from_numpy(buffer.numpy()) for buffer in buffers]
+        self.cache = [onnxruntime.OrtValue.ortvalue_from_numpy(buffer.numpy()) for buffer in buffers]
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
         binding = self.session.io_binding()
@@ -230,18 +217,28 @@ class CachedDecoder:
             if name in self.known:
                 binding.bind_cpu_input(name, np.ascontiguousarray(tensor.numpy()))
         binding.bind_output(self.logits)
-        for past, present, value in zip(self.pasts, self.presents, self.past, strict=True):
+        for past, present, value in zip(self.pasts, self.presents, self.cache, strict=True):
             binding.bind_ortvalue_input(past, value)
-            if self.shared:
-                binding.bind_ortvalue_output(present, value)
-            else:
-                binding.bind_output(present)
+            binding.bind_ortvalue_output(present, value)
         with flushed():
             self.session.run_with_iobinding(binding)
-        logits, *present = binding.get_outputs()
-        if not self.shared:
-            self.past = present
-        return torch.from_numpy(logits.numpy())
+        return torch.from_numpy(binding.get_outputs()[0].numpy())
 
 
-__all__ = ["CachedDecoder", "row_by_row", "share_cache"]
+class GrowingDecoder:
+    """Calls one session for prefill and for each token; the present of one call is the past of the next."""
+
+    def __init__(
+        self, session: Session, inputs: Sequence[str], outputs: Sequence[str], empty: Sequence[Tensor]
+    ) -> None:
+        self.session, self.inputs, self.outputs = session, inputs, outputs
+        self.cache = [past.numpy() for past in empty]
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        tokens = [np.ascontiguousarray(tensor.numpy()) for tensor in (input_ids, attention_mask, position_ids)]
+        feeds = dict(zip(self.inputs, [*tokens, *self.cache], strict=True))
+        logits, *self.cache = self.session.run(self.outputs, feeds)
+        return torch.from_numpy(logits)
+
+
+__all__ = ["GrowingDecoder", "SharedDecoder", "row_by_row", "share_cache"]

@@ -1,10 +1,11 @@
-"""A lowered program as files and as an ONNX Runtime session."""
+"""A lowered program as files and as a session of what runs it."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -14,31 +15,31 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import torch
 from torch import Tensor, fx
 
 from ...compiler.backend import Decoder, Row
 from ...compiler.causal import Cache
 from ...compiler.cost import node_macs
-from ...compiler.errors import ArtifactError, LoweringError, OptionError
+from ...compiler.errors import ArtifactError, LoweringError, OptionError, ParetocError
 from ...compiler.inline import inline_decode
 from ...compiler.patches import linear_patches
 from ...compiler.program import Program, argument, example_shape, operands
 from ...compiler.sites import Site, weight_sites
 from ...compiler.streams import center
 from ...compiler.sums import split_sums
-from .cache import CachedDecoder, row_by_row, share_cache
-from .denormals import FLUSHED, flushed
+from .cache import GrowingDecoder, SharedDecoder, row_by_row, share_cache
+from .denormals import FLUSHED
 from .integers import representable
-from .kernels import Placed, Profiled, explain_session, needed, predicted_rows
+from .kernels import PROFILED_CALLS, Placed, explain_session, predicted_rows, profile
 from .kernels_openvino import explain_openvino
 from .lower import Lowering, required_opset
 from .nearest import nearest_fast
 from .optimise import optimise
 from .parts import Parts, parts_of, rows_of, share_of_run
-from .providers import CPU, Provider
 from .rule import Target
+from .runtime_openvino import OpenVino
+from .runtimes import CPU, OrtSession, Runtime, Session, Start
 from .speeds import MARGIN, load_speeds
 from .stored import EXTERNAL_BYTES, WEIGHTS, nbytes, write
 from .translate import translate
@@ -60,18 +61,18 @@ class OnnxExecutable:
 
     model: ir.Model | None
     settings: dict[str, Any]
-    provider: Provider
+    runtime: Runtime
     path: Path | None = None
     example: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def from_program(cls, program: Program, *, contrib: bool, provider: Provider) -> OnnxExecutable:
+    def from_program(cls, program: Program, *, contrib: bool, runtime: Runtime) -> OnnxExecutable:
         program = program.clone()
         linear_patches(program)
         if contrib:
             center(program, untie=False)
         found = weight_sites(program)
-        parts = parts_of(program, found) if provider is CPU else None  # OpenVINO takes a whole batch as fast
+        parts = parts_of(program, found) if runtime is CPU else None  # OpenVINO takes a whole batch as fast
         share = share_of_run(parts, program)
         rows = {s.path: int(rows_of(s) * share) for s in found if s.kind == "linear"}
         sites = [_placed(program, s) for s in found]
@@ -84,7 +85,7 @@ class OnnxExecutable:
         ]
         opset = required_opset(encodings, codes, _NATIVE if contrib else _PORTABLE)
         model = translate(program, opset)
-        lowering = Lowering(model, contrib, rows, load_speeds(provider.table))
+        lowering = Lowering(model, contrib, rows, load_speeds(runtime.table))
         lowering.run()
         threaded = share * program.repeats == 1  # a part has one thread
         few = {path for path, count in rows.items() if threaded and count <= lowering.speeds.joint_rows}
@@ -95,18 +96,17 @@ class OnnxExecutable:
             "config": CONFIG,
             "sites": [asdict(_chosen(s, lowering)) for s in sites],
             "inputs": [[n, str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in inputs.items()],
-            "sizes": _sizes(model, inputs),
             "outputs": program.interface.output_names(),
             "shared_cache": shared,
             "parts": None if parts is None else asdict(parts),
         }
-        executable = cls(model, settings, provider, example=example)
+        executable = cls(model, settings, runtime, example=example)
         executable._check()
         return executable
 
     @classmethod
-    def from_directory(cls, directory: Path, settings: Mapping[str, Any], provider: Provider) -> OnnxExecutable:
-        return cls(None, dict(settings), provider, path=directory / Path(settings.get("file", MODEL)).name)
+    def from_directory(cls, directory: Path, settings: Mapping[str, Any], runtime: Runtime) -> OnnxExecutable:
+        return cls(None, dict(settings), runtime, path=directory / Path(settings.get("file", MODEL)).name)
 
     def _check(self) -> None:
         """The file must be valid ONNX; contrib operators are outside what the checker knows. Large weights stand as
@@ -128,48 +128,59 @@ class OnnxExecutable:
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    def session_options(self) -> onnxruntime.SessionOptions:
-        return session_options(self.settings["config"])
+    @cached_property
+    def session(self) -> Session:
+        return self._session(self._start())
 
     @cached_property
-    def session(self) -> onnxruntime.InferenceSession:
-        return self._start(self.session_options())
-
-    @cached_property
-    def _fitted(self) -> onnxruntime.InferenceSession:
+    def _fitted(self) -> Session:
         """A session for the sizes of the example."""
-        return self._start(self._fitted_options())
+        return self._session(self._start(fitted=True))
 
-    def _fitted_options(self) -> onnxruntime.SessionOptions:
-        options = self.session_options()
-        for name, size in self.settings.get("sizes", {}).items() if self.provider.fits_sizes else ():
-            options.add_free_dimension_override_by_name(name, size)
-        return options
-
-    def _session_for(self, inputs: Sequence[Tensor]) -> onnxruntime.InferenceSession:
+    def _session_for(self, inputs: Sequence[Tensor]) -> Session:
         """The one for the sizes of the example where that is faster and they are these, otherwise the one for any."""
         shapes = [shape for _, _, shape in self.settings["inputs"]]
-        fits = self.provider.fits_sizes and [list(t.shape) for t in inputs] == shapes
+        fits = self.runtime.fits_sizes and [list(t.shape) for t in inputs] == shapes
         return self._fitted if fits else self.session
 
-    @flushed()
-    def _start(self, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-        arguments = self.provider.arguments(options)
+    def _start(self, *, fitted: bool = False, threads: int | None = None) -> Start:
+        sizes = {name: shape for name, _, shape in self.settings["inputs"]} if fitted else None
+        return Start(self._content(), self.settings["config"], sizes, threads)
+
+    def _content(self) -> bytes | Path:
+        """The model as a session takes it."""
+        if self.path is not None:
+            return self.path
+        assert self.model is not None
+        if _weight_bytes(self.model) < _PROTOBUF_LIMIT:
+            return bytes(ir.to_proto(self.model).SerializeToString())
+        return Path(self._spilled.name) / MODEL
+
+    @cached_property
+    def _spilled(self) -> tempfile.TemporaryDirectory[str]:
+        """A model that is too large for one message, in files."""
+        folder = tempfile.TemporaryDirectory()
+        self.save(Path(folder.name))
+        return folder
+
+    def _session(self, start: Start) -> Session:
+        with self._refused():
+            return self.runtime.start(start)
+
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        """What a runtime raises of a model is said to be that."""
+        version = self.runtime.version
         try:
-            if self.path is not None:
-                return onnxruntime.InferenceSession(str(self.path), options, **arguments)
-            assert self.model is not None
-            if _weight_bytes(self.model) < _PROTOBUF_LIMIT:
-                return onnxruntime.InferenceSession(ir.to_proto(self.model).SerializeToString(), options, **arguments)
-            self._spill = tempfile.TemporaryDirectory()
-            self.save(Path(self._spill.name))
-            return onnxruntime.InferenceSession(str(Path(self._spill.name) / MODEL), options, **arguments)
+            yield
+        except ParetocError:
+            raise
         except Exception as error:
             kind = ArtifactError if self.path is not None else LoweringError
             raise kind(
-                f"ONNX Runtime {onnxruntime.__version__} refuses the model: {str(error).splitlines()[0]}",
+                f"{version} refuses the model: {str(error).strip().splitlines()[0]}",
                 where=str(self.path or "starting the session"),
-                fix="update onnxruntime, or compile with target='onnx'",
+                fix=f"update {version.rpartition(' ')[0]}, or compile with another target",
             ) from error
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -198,13 +209,11 @@ class OnnxExecutable:
         return ThreadPoolExecutor(self._threads, thread_name_prefix="paretoc")
 
     @cached_property
-    def _single(self) -> onnxruntime.InferenceSession:
+    def _single(self) -> Session:
         """A session that runs on the thread that calls it."""
-        options = self.session_options()
-        options.intra_op_num_threads = 1
-        return self._start(options)
+        return self._session(self._start(threads=1))
 
-    def _run(self, inputs: Sequence[Tensor], session: onnxruntime.InferenceSession | None = None) -> list[Tensor]:
+    def _run(self, inputs: Sequence[Tensor], session: Session | None = None) -> list[Tensor]:
         feeds = {}
         for (name, dtype, shape), tensor in zip(self.settings["inputs"], inputs, strict=True):
             if str(tensor.dtype).removeprefix("torch.") != dtype or tensor.ndim != len(shape):
@@ -215,30 +224,29 @@ class OnnxExecutable:
                     fix="convert the input, or recompile with inputs like these",
                 )
             feeds[name] = tensor.detach().cpu().contiguous().numpy()
-        session = session or self._session_for(inputs)
-        try:
-            with flushed():
-                found = session.run(self.settings["outputs"], needed(session, feeds))
-        except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
-            raise OptionError(
-                f"the inputs do not fit the compiled model: {str(error).splitlines()[0]}",
-                where="calling the compiled model",
-                fix="axes that were fixed at capture must keep their size; see CompiledModel.report().notes",
-            ) from error
+        found = (session or self._session_for(inputs)).run(self.settings["outputs"], feeds)
         return [torch.from_numpy(array) for array in found]
 
     def decoder(self, cache: Cache, batch: int, tokens: int) -> Decoder:
         inputs, outputs = [name for name, _, _ in self.settings["inputs"]], self.settings["outputs"]
-        shared = self.settings["shared_cache"]
-        return CachedDecoder(self.session, inputs, outputs, cache, batch, tokens, shared=shared)
+        if not self.settings["shared_cache"]:
+            return GrowingDecoder(self.session, inputs, outputs, cache.zeros(batch, 0))
+        assert isinstance(self.session, OrtSession), "no other runtime has the operator"
+        return SharedDecoder(self.session, inputs, outputs, cache.zeros(batch, tokens))
+
+    def profiled(self) -> tuple[onnx.GraphProto, list[dict[str, Any]]]:
+        """The graph that ONNX Runtime makes of this one, and the events of a few calls."""
+        with self._refused():
+            return profile(self._start(), self._example())
 
     def explain(self) -> list[Row]:
         graph = (ir.load(self.path) if self.model is None else self.model).graph
-        speeds = load_speeds(self.provider.table)
-        profiled = Profiled(self._start, self._fitted_options(), self._example(), speeds)
-        if self.provider is CPU:
-            return explain_session(profiled, self._sites(), _convolved(graph))
-        return explain_openvino(profiled, self._sites(), graph)
+        speeds, sites = load_speeds(self.runtime.table), self._sites()
+        if not isinstance(self.runtime, OpenVino):
+            return explain_session(*self.profiled(), sites, _convolved(graph), speeds)
+        with self._refused():
+            session = self.runtime.start(self._start(fitted=True), profiled=True)
+            return explain_openvino(session.profile(self._example(), PROFILED_CALLS), sites, graph, speeds)
 
     def predict(self) -> list[Row]:
         return predicted_rows(self._sites())
@@ -282,26 +290,6 @@ def save_all(executables: Mapping[str, OnnxExecutable], directory: Path) -> dict
         models[file] = executable.model
     write(models, directory)
     return {file: {**executable.settings, "file": file} for file, executable in executables.items()}
-
-
-def session_options(config: Mapping[str, str]) -> onnxruntime.SessionOptions:
-    """As many threads as PyTorch has; they stop spinning when a run ends, so that other sessions can work."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    for key, value in {"session.force_spinning_stop": "1", **config}.items():
-        options.add_session_config_entry(key, value)
-    return options
-
-
-def _sizes(model: ir.Model, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-    """Name of an axis that any size fits → its size at the example."""
-    return {
-        dim.value: size
-        for value in model.graph.inputs
-        for dim, size in zip(value.shape or (), inputs[str(value.name)].shape, strict=True)
-        if isinstance(dim, ir.SymbolicDim) and dim.value is not None
-    }
 
 
 def _placed(program: Program, site: Site) -> Placed:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import onnx
-import onnxruntime
 
 from ...compiler.backend import Row
 from .denormals import flushed
 from .projections import JOINT
+from .runtimes import OrtSession, Start, inference_session, session_options
 from .speeds import MARGIN, Speeds
 
 #: the fast integer kernels
@@ -26,7 +27,7 @@ _FLOATING = {"MatMul": "fp32 MatMul", "Gemm": "fp32 Gemm", "FusedMatMul": "fp32 
 _FLOATING |= {"Conv": "fp32 Conv", "FusedConv": "fp32 FusedConv", "FusedMatMulActivation": "fp32 FusedMatMul"}
 #: operators that consume a weight, as opposed to decoding it
 _READERS = {*_INTEGER, *_FLOATING, "MatMulNBits", "GatherBlockQuantized"}
-_PROFILE_RUNS = 5
+PROFILED_CALLS = 5
 
 
 @dataclass(frozen=True)
@@ -49,41 +50,29 @@ class Placed:
     instead: str = ""
 
 
-@dataclass(frozen=True)
-class Profiled:
-    """How to start a session with given options, what to feed it, and the speeds of its machine."""
-
-    start: Callable[[onnxruntime.SessionOptions], onnxruntime.InferenceSession]
-    options: onnxruntime.SessionOptions
-    feeds: Mapping[str, Any]
-    speeds: Speeds
-
-    def run(self, folder: Path) -> list[dict[str, Any]]:
-        """The events of a few runs; the profile is written into `folder`."""
-        self.options.enable_profiling = True
-        self.options.profile_file_prefix = str(folder / "profile")
-        session = self.start(self.options)
-        feeds = needed(session, self.feeds)
-        with flushed():
-            for _ in range(_PROFILE_RUNS):
-                session.run(None, feeds)
-        events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
-        return events
-
-
-def needed(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that the session has inputs for: one that nothing reads is no input of the file."""
-    known = {i.name for i in session.get_inputs()}
-    return {name: value for name, value in feeds.items() if name in known}
-
-
-def explain_session(profiled: Profiled, sites: Sequence[Placed], convolved: Mapping[str, str]) -> list[Row]:
-    """Look up every site in the optimised graph of ONNX Runtime's own provider; `convolved`: see `_by_site`."""
+@flushed()
+def profile(start: Start, feeds: Mapping[str, Any]) -> tuple[onnx.GraphProto, list[dict[str, Any]]]:
+    """The graph that ONNX Runtime makes of a model, and the events of a few calls."""
+    options = session_options(start.config, start.threads)
     with tempfile.TemporaryDirectory() as folder:
-        profiled.options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        times = medians(profiled.run(Path(folder)), "Node")
-        graph = onnx.load(profiled.options.optimized_model_filepath, load_external_data=False).graph
-    nodes, speeds = _by_site(graph, sites, convolved), profiled.speeds
+        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        session = OrtSession(inference_session(start.model, options))
+        for _ in range(PROFILED_CALLS):
+            session.run([], feeds)
+        events: list[dict[str, Any]] = json.loads(Path(session.session.end_profiling()).read_text())
+        return onnx.load(options.optimized_model_filepath, load_external_data=False).graph, events
+
+
+def explain_session(
+    graph: onnx.GraphProto,
+    events: Sequence[Mapping[str, Any]],
+    sites: Sequence[Placed],
+    convolved: Mapping[str, str],
+    speeds: Speeds,
+) -> list[Row]:
+    """Look up every site in what `profile` returns; `convolved`: see `_by_site`."""
+    times, nodes = _medians(events), _by_site(graph, sites, convolved)
     work: dict[str, int] = defaultdict(int)  # of all sites that a node runs
     for site in sites:
         if site.path in nodes:
@@ -105,14 +94,14 @@ def roofline(site: Placed, taken: float | None, peak: str, speeds: Speeds) -> fl
     return bound / 1e6 / taken if site.macs else 0.0
 
 
-def medians(events: Sequence[Mapping[str, Any]], kind: str) -> dict[str, float]:
-    """Name of a node, or of a kernel → milliseconds of one run: the median over the profiled runs."""
+def _medians(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Name of a node → milliseconds of one call."""
     found: dict[str, list[float]] = defaultdict(list)
     for event in events:
         name = event.get("name", "")
-        if event.get("cat") == kind and (kind != "Node" or name.endswith("_kernel_time")):
+        if event.get("cat") == "Node" and name.endswith("_kernel_time"):
             found[name.removesuffix("_kernel_time")].append(event["dur"] / 1e3)
-    return {name: sorted(durations)[len(durations) // 2] for name, durations in found.items()}
+    return {name: median(durations) for name, durations in found.items()}
 
 
 def _by_site(
@@ -134,7 +123,7 @@ def _by_site(
     constant = {tensor.name for tensor in graph.initializer}
     decoded: dict[str, str] = {}  # value computed from stored arrays → the site they belong to
     for node in graph.node:
-        owners = (decoded.get(i) or _owner(i, known) for i in node.input)
+        owners = (decoded.get(i) or owner_of(i, known) for i in node.input)
         result = convolved.get(node.name.removesuffix("_nchwc")) if node.domain == "com.microsoft.nchwc" else None
         owner = result or next((o for o in owners if o), None)
         if all(i in constant for i in node.input if i):
@@ -145,7 +134,7 @@ def _by_site(
     return found
 
 
-def _owner(name: str, known: set[str]) -> str | None:
+def owner_of(name: str, known: set[str]) -> str | None:
     """encoder.query.weight.codes → encoder.query, when that is a site."""
     path, separator, _ = name.partition(".weight")
     return path if separator and path in known else None

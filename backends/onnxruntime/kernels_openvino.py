@@ -1,37 +1,38 @@
-"""Which of OpenVINO's kernels really runs each site: read from the session's own profile."""
+"""Which of OpenVINO's kernels really runs each site: read from the graph that it runs and its profile."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
 from ...compiler.backend import Row
-from .kernels import Placed, Profiled, medians, roofline, why_floating
+from .kernels import Placed, owner_of, roofline, why_floating
+from .runtime_openvino import Ran
 from .speeds import MARGIN, Speeds
 
 #: what OpenVINO calls operators that consume a weight
 _READERS = ("FullyConnected", "MatMul", "Convolution", "GroupConvolution", "Deconvolution", "Gather")
 
 
-def explain_openvino(profiled: Profiled, sites: Sequence[Placed], graph: ir.Graph) -> list[Row]:
-    """Look up every site among the kernels that OpenVINO ran."""
-    with tempfile.TemporaryDirectory() as folder:
-        events = [e for e in profiled.run(Path(folder)) if e.get("cat") == "Kernel"]
-    times, ran = medians(events, "Kernel"), {e["name"]: e["args"] for e in events}
-    kernels: dict[str, str] = {}  # name of a node → of the kernel: fusions append to it
-    for kernel, args in ran.items():
-        name = kernel.removeprefix("OV::")
-        while name and args["ov_node_type"].startswith(_READERS):
-            kernels.setdefault(name.removesuffix("_original"), kernel)
-            name = name.rpartition("/")[0]
-    named, rows = _names(graph, {site.path for site in sites}), []
+def explain_openvino(ran: Sequence[Ran], sites: Sequence[Placed], graph: ir.Graph, speeds: Speeds) -> list[Row]:
+    """Look up every site among the kernels that ran: by the weight that one reads, else by the nodes that it runs."""
+    known = {site.path for site in sites}
+    readers = [kernel for kernel in ran if kernel.operator.startswith(_READERS)]
+    reading, running = dict[str, Ran](), dict[str, Ran]()
+    for kernel in readers:
+        for name in kernel.constants:
+            if path := owner_of(name, known):
+                reading.setdefault(path, kernel)
+        for name in (kernel.name, *kernel.nodes):
+            while name:
+                running.setdefault(name.removesuffix("_original"), kernel)
+                name = name.rpartition("/")[0]
+    named, rows = _names(graph, known), []
     for site in sites:
-        kernel = next((kernels[n] for n in named.get(site.path, ()) if n in kernels), "")
+        found = reading.get(site.path) or next((running[n] for n in named.get(site.path, ()) if n in running), None)
         if site.kind != "norm":
-            rows.append(_row(site, ran.get(kernel), times.get(kernel), profiled.speeds))
+            rows.append(_row(site, found, speeds))
     return rows
 
 
@@ -49,17 +50,16 @@ def _names(graph: ir.Graph, sites: Collection[str]) -> dict[str, list[str]]:
     return found
 
 
-def _row(site: Placed, kernel: Mapping[str, str] | None, taken: float | None, speeds: Speeds) -> Row:
-    if kernel is None:
+def _row(site: Placed, ran: Ran | None, speeds: Speeds) -> Row:
+    if ran is None:
         note = "OpenVINO ran no kernel of its name"
         return Row(site.path, site.encoding, "folded away or fused", False, note=note, macs=site.macs)
-    ran = kernel["ov_exec_type"]
-    integers, encoded = ran.lower().endswith(("i8", "u8")), site.encoding != "dense"
-    packed = kernel["ov_node_type"].endswith("Compressed")
+    integers, encoded = ran.executed.lower().endswith(("i8", "u8")), site.encoding != "dense"
+    packed = ran.operator.endswith("Compressed")
     fast = encoded and (integers or site.kind == "embedding" or (packed and (site.speed or 0) >= MARGIN))
     why = "decoded as it is read, which is no faster for so many rows" if packed else why_floating(site)
     note = "" if fast or not encoded else f"not accelerated: {why}"
-    share = roofline(site, taken, "int8" if integers else "fp32", speeds)
+    share = roofline(site, ran.milliseconds, "int8" if integers else "fp32", speeds)
     instead = "" if fast else site.instead
-    named = f"{kernel['ov_node_type']} ({ran})"
-    return Row(site.path, site.encoding, named, fast, taken, note, site.speed, share, site.macs, instead)
+    named = f"{ran.operator} ({ran.executed})"
+    return Row(site.path, site.encoding, named, fast, ran.milliseconds, note, site.speed, share, site.macs, instead)

@@ -7,19 +7,17 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import torch
 from onnx_ir import tape
 
 from ...compiler.cost import measure
 from ...compiler.encodings import Affine, Encoding
-from .denormals import flushed
-from .executable import CONFIG, session_options
+from .executable import CONFIG
 from .forms import FORMS
 from .lower import Lowering
 from .optimise import optimise
-from .providers import CPU, Provider
 from .rule import STANDARD, Target
+from .runtimes import CPU, Runtime, Start
 from .speeds import ROWS, Speeds, shipped
 
 _WIDTH, _LAYERS = 1024, 4
@@ -40,25 +38,25 @@ _TRIED: dict[str, tuple[Encoding | None, Any]] = {
 }
 
 
-def measure_speeds(provider: Provider = CPU) -> Speeds:
-    """Every form that the provider is given against fp32, interleaved, and the rates of the roofline; takes about a
+def measure_speeds(runtime: Runtime = CPU) -> Speeds:
+    """Every form that the runtime is given against fp32, interleaved, and the rates of the roofline; takes about a
     minute."""
-    contrib = provider is CPU
-    tried = ["fp32", *(name for name in _TRIED if name in shipped(provider.table).table)]
+    contrib = runtime is CPU
+    tried = ["fp32", *(name for name in _TRIED if name in shipped(runtime.table).table)]
     found: dict[str, list[float]] = {name: [] for name in tried}
     for rows in ROWS:
-        times = measure({name: _call(name, rows, provider) for name in tried}, runs=30)
+        times = measure({name: _call(name, rows, runtime) for name in tried}, runs=30)
         for name in tried:
             found[name].append(round(times["fp32"].median / times[name].median, 3))
     del found["fp32"]
     many = 512
     operations = 2e-6 * many * _WIDTH**2 * _LAYERS
     integers = "SharedMatMul" if contrib else "ShiftedMatMul"
-    fastest = measure({"fp32": _call("fp32", many, provider), "int8": _call(integers, many, provider)}, runs=20)
+    fastest = measure({"fp32": _call("fp32", many, runtime), "int8": _call(integers, many, runtime)}, runs=20)
     peaks = {name: round(operations / taken.minimum, 1) for name, taken in fastest.items()}
     large, copy = torch.ones(2, 1 << 25)
     peaks["memory"] = round(2e-6 * large.nbytes / measure({"": lambda: copy.copy_(large)}, runs=5)[""].minimum, 1)
-    where = f"this machine, {torch.get_num_threads()} threads, ONNX Runtime {onnxruntime.__version__}"
+    where = f"this machine, {torch.get_num_threads()} threads, {runtime.version}"
     return Speeds(found, peaks, where, joint_rows=_joint_rows() if contrib else 0)
 
 
@@ -87,7 +85,7 @@ def _attention(rows: int, joint: bool) -> Callable[[], Any]:
     return _started(graph, x, "SharedMatMul", Target(True, few), CPU)
 
 
-def _call(form: str, rows: int, provider: Provider = CPU) -> Callable[[], Any]:
+def _call(form: str, rows: int, runtime: Runtime = CPU) -> Callable[[], Any]:
     """A chain of equal layers in one form."""
     encoding, rounding = _TRIED[form]
     x = ir.Value(name="x", shape=ir.Shape((1, rows, _WIDTH)), type=ir.TensorType(ir.DataType.FLOAT))
@@ -95,7 +93,7 @@ def _call(form: str, rows: int, provider: Provider = CPU) -> Callable[[], Any]:
     for layer in range(_LAYERS):
         source = _rounded(graph, x, f"layer{layer}", rounding)
         x = _linear(graph, source, f"layer{layer}", encoding, rows, _WIDTH)
-    return _started(graph, x, form, STANDARD, provider)
+    return _started(graph, x, form, STANDARD, runtime)
 
 
 def _rounded(graph: ir.Graph, x: ir.Value, site: str, rounding: Any) -> ir.Value:
@@ -123,18 +121,17 @@ def _linear(graph: ir.Graph, x: ir.Value, site: str, encoding: Encoding | None, 
     return y
 
 
-@flushed()
-def _started(graph: ir.Graph, y: ir.Value, form: str, target: Target, provider: Provider) -> Callable[[], Any]:
+def _started(graph: ir.Graph, y: ir.Value, form: str, target: Target, runtime: Runtime) -> Callable[[], Any]:
     """A session on numbers of the shape of its input."""
     graph.outputs.append(y)
     model = ir.Model(graph, ir_version=10)
     chosen = Speeds({name: (float(name == form),) * len(ROWS) for name in FORMS})
-    Lowering(model, provider is CPU, speeds=chosen).run()
+    Lowering(model, runtime is CPU, speeds=chosen).run()
     optimise(model, [], target)
-    options, content = session_options(CONFIG), ir.to_proto(model).SerializeToString()
-    session = onnxruntime.InferenceSession(content, options, **provider.arguments(options))
-    x = np.random.default_rng(0).standard_normal(session.get_inputs()[0].shape, dtype=np.float32)
-    return lambda: session.run(None, {"x": x})
+    session = runtime.start(Start(ir.to_proto(model).SerializeToString(), CONFIG))
+    x = np.random.default_rng(0).standard_normal(graph.inputs[0].shape.numpy(), dtype=np.float32)
+    outputs = [str(graph.outputs[0].name)]
+    return lambda: session.run(outputs, {"x": x})
 
 
 def _stored(graph: ir.Graph, name: str, value: Any) -> ir.Value:

@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import onnxruntime
@@ -91,9 +92,9 @@ _CPU = "CPUExecutionProvider"
 
 @dataclass(frozen=True)
 class Speeds:
-    """Form, of those that are for this provider, → multiples of fp32 at `ROWS`, or nothing where they are not known;
+    """Form, of those that are for this runtime, → multiples of fp32 at `ROWS`, or nothing where they are not known;
     `measured` says on what, or `stated` from where. `peaks` are the rates of the roofline, where they are known, "fp32"
-    of products of floats in whatever precision the provider computes them."""
+    of products of floats in whatever precision the runtime computes them."""
 
     table: Mapping[str, Sequence[float]] = field(default_factory=lambda: _MEASURED)
     peaks: Mapping[str, float] = field(default_factory=lambda: _PEAKS)
@@ -130,13 +131,23 @@ class Speeds:
 
 
 def cache_file(table: str = _CPU) -> Path:
-    """Where this machine's own table is kept."""
-    kind = "" if table == _CPU else f"-{table}"
-    return cache_folder() / f"onnxruntime-{onnxruntime.__version__}{kind}.json"
+    """Where this machine's own table is kept, for the versions that it was measured with."""
+    name = f"onnxruntime-{onnxruntime.__version__}"
+    if table.startswith("OpenVINO"):
+        name, table = f"openvino-{_installed('openvino')}", table.partition("-")[2]
+    return cache_folder() / f"{name}{'' if table == _CPU else f'-{table}'}.json"
+
+
+def _installed(package: str) -> str:
+    """Its version, without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def load_speeds(table: str = _CPU) -> Speeds:
-    """The table of a provider measured on this machine with this ONNX Runtime, else the one that ships for such a
+    """The table of a runtime or a provider of one, measured on this machine, else the one that ships for such a
     machine."""
     default = shipped(table)
     try:
@@ -148,7 +159,7 @@ def load_speeds(table: str = _CPU) -> Speeds:
 
 
 def shipped(table: str = _CPU) -> Speeds:
-    """The table for sessions of a provider on this machine."""
+    """The table that ships for this machine."""
     if table == "CUDAExecutionProvider":
         return _unknown(_CUDA, "no speeds are known for CUDA, where MatMulNBits runs and 8-bit activations do not")
     flags = cpu_flags()
@@ -156,7 +167,7 @@ def shipped(table: str = _CPU) -> Speeds:
         precision = table.partition("-")[2]
         if "amx_int8" not in flags:
             return _unknown(_OPENVINO_UNKNOWN, "no speeds of OpenVINO are known for this machine")
-        where = "two cores of an x86 CPU with AMX, OpenVINO 2026.4 in ONNX Runtime 1.31.1"
+        where = "two cores of an x86 CPU with AMX, OpenVINO 2026.4"
         return Speeds(_OPENVINO[precision], _OPENVINO_PEAKS[precision], where, joint_rows=0)
     if "amx_int8" in flags:
         return Speeds(_WITH_AMX, _AMX_PEAKS, "two cores of an x86 CPU with AMX, ONNX Runtime 1.31.1")

@@ -154,7 +154,7 @@ def test_where_no_speed_is_known_the_order_of_the_table_chooses(monkeypatch):
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
 def test_openvino_has_a_table_of_its_own(precision, monkeypatch):
     """Of the forms with standard operators; whatever is known of it, a static product is QDQ without a zero point."""
-    name = f"OpenVINOExecutionProvider-{precision}"
+    name = f"OpenVINO-{precision}"
     standard = {form for form in FORMS if FORMS[form].standard}
     for flags in (("avx2", "amx_int8"), ("avx2", "avx512_vnni")):
         monkeypatch.setattr(speeds, "cpu_flags", lambda flags=flags: frozenset(flags))
