@@ -6,7 +6,8 @@ A speed is a multiple of the fp32 MatMul of the same shape, for 1, 16 and 128 ro
     x86 with VNNI      measured, with AMX and without
     x86 without        stated, from those: half for u8·s8 (pmaddubsw in place of vpdpbusd), two thirds for MatMulNBits
                        at accuracy level 4, which takes 1.4 to 1.5 times as long there (microsoft/onnxruntime#24491)
-    OpenVINO           measured with AMX, its floating operators in f32 and in bf16; not known elsewhere
+    OpenVINO           measured on x86 with VNNI, with AMX and without, its floating operators in f32 and in bf16; not
+                       known elsewhere
     other CPUs, CUDA   not known: the first form of the table that fits; which operators CUDA has is listed in
                        docs/OperatorKernels.md of ONNX Runtime
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
@@ -56,9 +57,9 @@ _WITH_AMX = {
     "FoldedMatMul": (1.0, 1.0, 1.0),
 }
 _AMX_PEAKS = {"int8": 2065.0, "fp32": 375.0, "memory": 26.0}
-#: OpenVINO on the same CPU, by the precision of its floating operators: multiples of its own MatMul, medians of four
+#: OpenVINO by the precision of its floating operators, on that CPU: multiples of its own MatMul, medians of four
 #: measurements, and peaks. Between the first two lie 5–11 % of the time of a whole transformer
-_OPENVINO = {
+_OPENVINO_WITH_AMX = {
     "f32": {
         "ShiftedMatMul": (1.6, 2.7, 5.6),
         "RoundedMatMul": (1.7, 2.7, 5.3),
@@ -72,7 +73,25 @@ _OPENVINO = {
         "StoredMatMul": (1.85, 0.72, 0.96),
     },
 }
-_OPENVINO_PEAKS = {"f32": _AMX_PEAKS, "bf16": {**_AMX_PEAKS, "fp32": 1750.0}}
+_OPENVINO_AMX_PEAKS = {"f32": _AMX_PEAKS, "bf16": {**_AMX_PEAKS, "fp32": 1750.0}}
+#: the same on two cores of a CPU with AVX512-VNNI and AVX512-BF16, a newer one than that of the first table
+_OPENVINO = {
+    "f32": {
+        "ShiftedMatMul": (1.5, 2.7, 3.6),
+        "RoundedMatMul": (1.6, 3.0, 3.6),
+        "IntegerMatMul": (0.58, 0.72, 0.63),
+        "StoredMatMul": (1.65, 0.95, 1.0),
+    },
+    "bf16": {
+        "ShiftedMatMul": (1.15, 1.35, 1.8),
+        "RoundedMatMul": (1.25, 1.5, 1.8),
+        "IntegerMatMul": (0.44, 0.36, 0.32),
+        "StoredMatMul": (1.15, 0.68, 0.79),
+    },
+}
+_OPENVINO_PEAKS = {
+    precision: {"int8": 1830.0, "fp32": rate, "memory": 84.0} for precision, rate in (("f32", 451.0), ("bf16", 943.0))
+}
 #: of the machine of the table: 10⁹ operations a second, 10⁹ bytes a second
 _PEAKS = {"int8": 890.0, "fp32": 225.0, "memory": 37.0}
 #: form → the share of its speed that is left without VNNI
@@ -164,11 +183,7 @@ def shipped(table: str = _CPU) -> Speeds:
         return _unknown(_CUDA, "no speeds are known for CUDA, where MatMulNBits runs and 8-bit activations do not")
     flags = cpu_flags()
     if table != _CPU:
-        precision = table.partition("-")[2]
-        if "amx_int8" not in flags:
-            return _unknown(_OPENVINO_UNKNOWN, "no speeds of OpenVINO are known for this machine")
-        where = "two cores of an x86 CPU with AMX, OpenVINO 2026.4"
-        return Speeds(_OPENVINO[precision], _OPENVINO_PEAKS[precision], where, joint_rows=0)
+        return _shipped_openvino(table.partition("-")[2], flags)
     if "amx_int8" in flags:
         return Speeds(_WITH_AMX, _AMX_PEAKS, "two cores of an x86 CPU with AMX, ONNX Runtime 1.31.1")
     if flags & {"avx512_vnni", "avx_vnni"}:
@@ -179,6 +194,17 @@ def shipped(table: str = _CPU) -> Speeds:
             without, {}, "", "the speed is stated, not measured: that of a CPU with VNNI, u8·s8 at half of it"
         )
     return _unknown(_UNKNOWN, "no speeds are known for this machine")
+
+
+def _shipped_openvino(precision: str, flags: Collection[str]) -> Speeds:
+    if "amx_int8" in flags:
+        where = "two cores of an x86 CPU with AMX, OpenVINO 2026.4"
+        return Speeds(_OPENVINO_WITH_AMX[precision], _OPENVINO_AMX_PEAKS[precision], where, joint_rows=0)
+    if "avx512_vnni" not in flags:
+        return _unknown(_OPENVINO_UNKNOWN, "no speeds of OpenVINO are known for this machine")
+    known = precision if "avx512_bf16" in flags else "f32"  # what it computes in there
+    where = "two cores of an x86 CPU with AVX512-VNNI, OpenVINO 2026.4"
+    return Speeds(_OPENVINO[known], _OPENVINO_PEAKS[known], where, joint_rows=0)
 
 
 def _unknown(order: Sequence[str], stated: str) -> Speeds:
