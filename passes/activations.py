@@ -1,9 +1,10 @@
 """x → q(x): where a scheme rounds activations, and under which ranges.
 
 Inputs of layers, one quantiser for everything that reads them; with static ranges also the residual sums that
-convolutions feed. On request also the operands of both products of an
-attention, q(Q)·q(K)ᵀ and q(P)·q(V). Where many tokens share the attention all P are small: their range is found like
-that of other activations; under ranges of tokens or groups it is [0, 1].
+convolutions feed. On request also the operands of both products of an attention, q(Q)·q(K)ᵀ and q(P)·q(V), or of the
+first alone, its scores. Where many tokens share the attention all P are small: their range is found like that of other
+activations; under ranges of tokens or groups it is [0, 1]. Of scores alone static ranges are symmetric about 0, as
+kernels that fuse them with the softmax want it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..compiler.passes import Context
 from ..compiler.program import Program, operands, origin, shape_of
 from ..compiler.sites import ADD, CONV, LINEAR, AttentionSite, Site, site_of
 from ..compiler.statistics import Histogram, SharesHistogram, Statistic, WeightedHistogram
-from .ranges import parse_range
+from .ranges import mirrored, parse_range
 
 _PROBABILITIES = torch.tensor([0.0, 1.0])
 
@@ -42,8 +43,10 @@ class Activations:
         """What calibration has to find out about the values to round."""
         return [self._histogram(program, source) for source in sources] if self.mode == "static" else []
 
-    def attention_needs(self, program: Program, sites: Sequence[AttentionSite]) -> list[Statistic]:
-        """What calibration has to find out about the operands of attentions."""
+    def attention_needs(self, program: Program, sites: Sequence[AttentionSite], *, scores: bool) -> list[Statistic]:
+        """What calibration has to find out about the operands of attentions, or of their scores."""
+        if scores:
+            return self.needs(program, [x for site in sites for x in (site.query, site.key)])
         read = [x for site in sites for x in (site.query, site.key, site.value)]
         return [*self.needs(program, read), *(_shares(site) for site in sites if self.mode == "static")]
 
@@ -75,10 +78,19 @@ class Activations:
                 done[key] = how._quantizer(program, key[0], reader, ctx)
             reader.update_arg(index, done[key])
 
+    def round_scores(self, program: Program, site: AttentionSite, ctx: Context) -> str:
+        """Round queries and keys; returns why that is not possible, or nothing."""
+        places = operand_places(site)[:2]
+        if any(operands(reader)[index].target in ROUNDING for reader, index in places):
+            return "its products are quantised already"
+        for reader, index in places:
+            reader.update_arg(index, self._quantizer(program, operands(reader)[index], reader, ctx, symmetric=True))
+        return ""
+
     def round_attention(self, program: Program, site: AttentionSite, ctx: Context) -> str:
         """Round queries, keys, values and probabilities; returns why that is not possible, or nothing. A fused
         attention is taken apart: call `program.refresh()` behind the last one."""
-        if operands(site.node)[0].target in ROUNDING:
+        if any(operands(reader)[index].target in ROUNDING for reader, index in operand_places(site)):
             return "its products are quantised already"
         for reader, index in operand_places(site):
             reader.update_arg(index, self._quantizer(program, operands(reader)[index], reader, ctx))
@@ -94,11 +106,15 @@ class Activations:
         bounds = self._range(_shares(site), ctx) if self.mode == "static" else _PROBABILITIES
         return _static(program, source, product, bounds)
 
-    def _quantizer(self, program: Program, source: fx.Node, reader: fx.Node, ctx: Context) -> fx.Node:
+    def _quantizer(
+        self, program: Program, source: fx.Node, reader: fx.Node, ctx: Context, *, symmetric: bool = False
+    ) -> fx.Node:
         if self.mode == "dynamic":
             granularity = f"group{self.group}" if self.granularity == "group" else self.granularity
             return dynamic(program, source, reader, granularity, self.code)
-        return _static(program, source, reader, self._range(self._histogram(program, source), ctx))
+        histogram = self._histogram(program, source)
+        bounds = self._symmetric_range(histogram, ctx) if symmetric else self._range(histogram, ctx)
+        return _static(program, source, reader, bounds)
 
     def _histogram(self, program: Program, source: fx.Node) -> Histogram:
         """On which a range is found. Squared errors count as they arrive in the layers that read the value."""
@@ -110,6 +126,11 @@ class Activations:
 
     def _range(self, histogram: Histogram, ctx: Context) -> Tensor:
         return parse_range(self.range)(*ctx.statistic(histogram))
+
+    def _symmetric_range(self, histogram: Histogram, ctx: Context) -> Tensor:
+        """Of 127 steps on either side of zero, and one more below that makes 256 codes of them."""
+        reach = parse_range(self.range)(*mirrored(*ctx.statistic(histogram))).abs().max()
+        return reach / 127 * torch.tensor([-128.0, 127.0])
 
 
 def _shares(site: AttentionSite) -> Histogram:

@@ -73,7 +73,8 @@ class Quantize(EncodePass):
     along the input axis) and `symmetric` change that of the scheme. Dynamic activations have a `granularity`, "tensor",
     "token" or "group" (that of the weights), and a `code`, such as "uint4", asymmetric for each token too; static ones
     a `range`: mse (the default), minmax, percentile(99.99) or entropy, see `ranges.py`. `attention=True` also rounds
-    to 8 bits what the two products of an attention multiply, in the layers that the chosen sites are in.
+    to 8 bits what the two products of an attention multiply, in the layers that the chosen sites are in,
+    `attention="scores"` queries and keys alone: OpenVINO computes them on integers inside its fused attention.
     `embeddings=True` stores embedding tables as int8 with one scale a row. `fitter` chooses the codes: a name, a name
     with options ("gptq(act_order=True)"), or a `Fitter`; with one that needs data, `sequential` fits every layer to
     the inputs that the layers already quantised give it, and `checkpoint` names a directory that keeps what is
@@ -103,7 +104,7 @@ class Quantize(EncodePass):
     sensitivity: Sensitivity | None = None
     max_drop: float | None = None
     range: str | None = None
-    attention: bool = False
+    attention: bool | str = False
     code: str | None = None
 
     def __post_init__(self) -> None:
@@ -129,6 +130,12 @@ class Quantize(EncodePass):
         ):
             if given and not fits:
                 raise OptionError(f"{option}={given} does not apply to {self.scheme}", where="pass 'quantize'", fix=fix)
+        if self.attention not in (True, False, "scores"):
+            raise OptionError(
+                f"attention={self.attention} is not known",
+                where="pass 'quantize'",
+                fix="use 'true' (both products of an attention) or 'scores' (queries and keys)",
+            )
         if self.granularity not in (None, "tensor", "token", "group"):
             raise OptionError(
                 f"granularity {self.granularity!r} is not known",
@@ -149,7 +156,7 @@ class Quantize(EncodePass):
             parse_range(self.range)
         if self.attention and self.max_drop is not None:
             raise OptionError(
-                "max_drop= gives back layers, and cannot give back what attention=true rounds",
+                "max_drop= gives back layers, and cannot give back what attention= rounds",
                 where="pass 'quantize'",
                 fix="leave one of them out",
             )
@@ -213,7 +220,8 @@ class Quantize(EncodePass):
             return []
         sites = [s for s in self.sites(program) if s.kind != "embedding"]
         read = [operands(node)[index] for node, index in self._residuals(program, sites)]
-        attended = self.activations.attention_needs(program, self._attentions(sites))
+        scores = self.attention == "scores"
+        attended = self.activations.attention_needs(program, self._attentions(sites), scores=scores)
         return [*self.activations.needs(program, [*(s.input for s in sites), *read]), *attended]
 
     def _residuals(self, program: Program, sites: Sequence[Site]) -> list[tuple[fx.Node, int]]:
@@ -274,13 +282,15 @@ class Quantize(EncodePass):
         attentions = self._attentions(sites)
         if self.attention and not attentions:
             raise PassError(
-                "attention=true, and no attention belongs to the chosen sites",
+                f"attention={self.attention}, and no attention belongs to the chosen sites",
                 where="pass 'quantize'",
                 fix="leave attention= out, or widen targets=",
             )
         self.activations.round_inputs(program, sites, self._residuals(program, sites), ctx)
+        scores = self.attention == "scores"
+        rounded = self.activations.round_scores if scores else self.activations.round_attention
         for attention in attentions:
-            if reason := self.activations.round_attention(program, attention, ctx):
+            if reason := rounded(program, attention, ctx):
                 result.skipped[attention.path] = reason
         if attentions:
             program.refresh()

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,14 @@ _LEVELS = 256
 #: shares of the full range that are tried
 _SHARES = torch.arange(1, 129, dtype=torch.float64) / 128
 _ROUNDS = 4
+
+
+def mirrored(counts: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+    """The histogram of x and −x together; values are spread evenly in a bin."""
+    below = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    both = torch.cat([edges, -edges]).sort().values
+    inside = torch.from_numpy(np.interp(both, edges, below)).diff()
+    return inside + inside.flip(0), both
 
 
 def minmax(counts: Tensor, edges: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class OnnxExecutable:
         lowering.run()
         threaded = share * program.repeats == 1  # a part has one thread
         few = {path for path, count in rows.items() if threaded and count <= lowering.speeds.joint_rows}
-        optimise(model, [*beside, *traced], Target(contrib, few))
+        optimise(model, [*beside, *traced], Target(contrib, few, runtime.signed))
         example = program.users_example()
         inputs = dict(zip(program.interface.input_names(), example, strict=True))
         settings: dict[str, Any] = {

@@ -20,6 +20,7 @@ from .rewrite_attention import (
     VisibleRows,
 )
 from .rewrite_codes import (
+    CenteredCodes,
     EmptyPad,
     PaddedConvolution,
     PooledCodes,
@@ -27,6 +28,7 @@ from .rewrite_codes import (
     ScaledCodes,
     SignedFactor,
     SignedKeys,
+    TurnedCodes,
 )
 from .rewrite_norms import ResidualSum, RootMeanSquareNorm, SkipRootMeanSquareNorm
 from .rule import STANDARD, Rule, Target
@@ -35,7 +37,8 @@ from .rule import STANDARD, Rule, Target
 _ORDER: tuple[type[Rule], ...] = (
     ResidualSum, RootMeanSquareNorm, SkipRootMeanSquareNorm,
     GroupedHeads, Rotary, RotaryInside, HeadsInside, JointAttention, AddedMask, VisibleRows, TransposedKeys,
-    EmptyPad, PaddedConvolution, PooledCodes, SaturatedClip, SignedFactor, SignedKeys, ScaledCodes,
+    EmptyPad, PaddedConvolution, PooledCodes, SaturatedClip, CenteredCodes, TurnedCodes,
+    SignedFactor, SignedKeys, ScaledCodes,
 )  # fmt: skip
 
 

@@ -109,6 +109,44 @@ class SaturatedClip(Rule):
         return op.QuantizeLinear(x, scale, zero)
 
 
+class CenteredCodes(Rule):
+    """Unsigned codes whose zero is in the middle are signed ones whose zero is 0, the same numbers: OpenVINO multiplies
+    them on integers inside its fused attention, and others there on floats."""
+
+    def pattern(self, op: Any, x: ir.Value, scale: ir.Value, zero: ir.Value) -> Any:
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
+
+    def check(self, context: Any, zero: ir.Value, **_: Any) -> MatchResult:
+        if not self.target.signed:
+            return MatchResult().fail("unsigned codes are as fast there, or faster")
+        if zero.dtype != ir.DataType.UINT8 or number_of(zero) != 128:
+            return MatchResult().fail("its zero is not in the middle of unsigned codes")
+        return MatchResult()
+
+    def rewrite(self, op: Any, x: ir.Value, scale: ir.Value, zero: ir.Value) -> Any:
+        middle = stored(op, f"{zero.name}.signed", np.array(0, dtype=np.int8))
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale, middle), scale, middle)
+
+
+class TurnedCodes(Rule):
+    """What is rounded and then transposed is transposed first: of signed codes, ONNX Runtime fails to do so itself
+    (1.31.1), and two Transposes of keys meet."""
+
+    def pattern(self, op: Any, x: ir.Value, scale: ir.Value, zero: ir.Value) -> Any:
+        values = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
+        return op.Transpose(values, _allow_other_attributes=True, _outputs=["turned"])
+
+    def check(self, context: Any, scale: ir.Value, zero: ir.Value, **_: Any) -> MatchResult:
+        if zero.dtype != ir.DataType.INT8:
+            return MatchResult().fail("its codes are unsigned")
+        return MatchResult() if number_of(scale) is not None else MatchResult().fail("its scale is not one number")
+
+    def rewrite(self, op: Any, x: ir.Value, scale: ir.Value, zero: ir.Value, turned: ir.Value) -> Any:
+        node = turned.producer()
+        assert node is not None
+        return op.DequantizeLinear(op.QuantizeLinear(op.Transpose(x, **node.attributes), scale, zero), scale, zero)
+
+
 class Signed(Rule):
     """The second factor of a product of activations in signed codes, 128 less each and the same numbers: u8·s8 takes
     half the time of u8·u8."""

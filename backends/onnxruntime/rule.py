@@ -13,10 +13,12 @@ from onnxscript.rewriter.pattern import RewriteRuleClassBase
 
 @dataclass(frozen=True)
 class Target:
-    """What rules may count on: com.microsoft operators, and `few`, the linear layers that multiply few rows."""
+    """What rules may count on: com.microsoft operators; `few`, the linear layers that multiply few rows; whether codes
+    about zero multiply faster when they are `signed`."""
 
     contrib: bool = False
     few: Collection[str] = ()
+    signed: bool = False
 
 
 STANDARD = Target()

@@ -29,7 +29,7 @@ class OpenVino:
     f32."""
 
     precision: str = "f32"
-    fits_sizes = True
+    fits_sizes = signed = True
 
     @property
     def version(self) -> str:

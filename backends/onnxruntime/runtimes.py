@@ -50,6 +50,10 @@ class Runtime(Protocol):
     def fits_sizes(self) -> bool:
         """Whether a session that knows the sizes of its inputs is faster than one for any."""
 
+    @property
+    def signed(self) -> bool:
+        """Whether it multiplies codes about zero faster when they are signed."""
+
     def start(self, start: Start) -> Session:
         """Raises LoweringError where the runtime is not installed, and what it raises of a model that it refuses."""
 
@@ -71,7 +75,7 @@ class OrtSession:
 class OrtCpu:
     version = f"ONNX Runtime {onnxruntime.__version__}"
     table = "CPUExecutionProvider"
-    fits_sizes = False
+    fits_sizes = signed = False
 
     @flushed()
     def start(self, start: Start) -> OrtSession:

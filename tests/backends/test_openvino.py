@@ -92,6 +92,7 @@ RECIPES = [
     ["quantize:W4A16,group_size=16"],
     ["quantize:W4A8,group_size=16"],
     ["quantize:W8A8,attention=true"],
+    ["quantize:W8A8,attention=scores"],
     ["prune_nm:2:4", "quantize:W8A8"],
 ]
 
@@ -300,6 +301,15 @@ def test_what_rounds_is_computed_by_the_product_before_it(net: Net) -> None:
     assert rounding.op_type == "QuantizeLinear"
     (up,) = (ran for ran in profiled(compiled) if "up.weight.codes.axis1" in ran.constants)
     assert rounding.name in up.nodes
+
+
+@pytest.mark.parametrize(("attention", "integers"), [("false", False), ("scores", True)])
+def test_scores_are_computed_on_integers_inside_the_attention(net: Net, attention: str, integers: bool) -> None:
+    (fused,) = (
+        ran for ran in profiled(build(net, [f"quantize:W8A8,attention={attention}"])) if "oftmax" in str(ran.nodes)
+    )
+    assert fused.operator == "Subgraph" and sum("MatMul" in name for name in fused.nodes) >= 1
+    assert fused.executed.lower().endswith("i8") is integers
 
 
 def test_calibration_measures_the_standard_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
 from onnxscript.rewriter import MatchingTracer
-from onnxscript.rewriter.pattern import RewriteRuleSet
+from onnxscript.rewriter.pattern import MatchResult, RewriteRuleSet
 from paretoc.backends.onnxruntime import rewrite, rewrite_attention, rewrite_codes
 from paretoc.backends.onnxruntime.rewrite_attention import (
     AddedMask,
@@ -24,6 +24,7 @@ from paretoc.backends.onnxruntime.rewrite_attention import (
     VisibleRows,
 )
 from paretoc.backends.onnxruntime.rewrite_codes import (
+    CenteredCodes,
     EmptyPad,
     PaddedConvolution,
     PooledCodes,
@@ -31,6 +32,7 @@ from paretoc.backends.onnxruntime.rewrite_codes import (
     ScaledCodes,
     SignedFactor,
     SignedKeys,
+    TurnedCodes,
 )
 from paretoc.backends.onnxruntime.rewrite_norms import ResidualSum, RootMeanSquareNorm, SkipRootMeanSquareNorm
 from paretoc.backends.onnxruntime.rule import Target, stored
@@ -44,9 +46,11 @@ def _model(text: str) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(model)
 
 
-def _run(model: onnx.ModelProto, *, first_visible: bool = False) -> list[np.ndarray]:
-    """On random inputs; `first_visible`: no mask hides the first token."""
+def _run(model: onnx.ModelProto, *, first_visible: bool = False, as_it_is: bool = False) -> list[np.ndarray]:
+    """On random inputs; `first_visible`: no mask hides the first token; `as_it_is`: ONNX Runtime rewrites nothing."""
     options = onnxruntime.SessionOptions()
+    if as_it_is:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
     generator = np.random.default_rng(0)
@@ -62,7 +66,7 @@ def _run(model: onnx.ModelProto, *, first_visible: bool = False) -> list[np.ndar
 
 
 #: a target on which everything may be written
-ALL = Target(contrib=True, few=("q", "k", "v"))
+ALL = Target(contrib=True, few=("q", "k", "v"), signed=True)
 
 
 def _rules(rule, target: Target = ALL) -> RewriteRuleSet:
@@ -708,6 +712,76 @@ def _product(second: str = "turned", zero: str = "uint8 {120}", first: str = "q_
     product = MatMul({first}, {second})
     y = Mul(product, by)
 }}"""
+
+
+def test_codes_about_zero_are_signed() -> None:
+    """Those of the first factor, whose zero is 131, stay; bit by bit the same."""
+    text = _product("values", "uint8 {128}")
+    _equal(CenteredCodes, text)
+    rewritten, count = _applied(CenteredCodes, _model(text))
+    stored = [onnx.numpy_helper.to_array(tensor) for tensor in rewritten.graph.initializer]
+    assert count == 1 and [(array.dtype, array.item()) for array in stored] == [(np.int8, 0)]
+    assert (_run(rewritten)[0] == _run(_model(text))[0]).all()
+
+
+def test_codes_stay_unsigned_where_they_are_not_about_zero_or_as_fast() -> None:
+    for zero in ("uint8 {127}", "uint8 {0}", "int8 {0}"):
+        assert "not in the middle" in _reason(CenteredCodes, _product("turned", zero))
+    model, tracer = ir.from_proto(_model(_product("turned", "uint8 {128}"))), MatchingTracer()
+    assert _rules(CenteredCodes, Target(contrib=True)).apply_to_model(model, tracer=tracer) == 0
+    reasons = {m.match_result.reason for found in tracer.best_matches_map.values() for m in found}
+    assert any(reason and "as fast there" in reason for reason in reasons)
+
+
+def test_a_zero_that_is_not_in_the_middle_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CenteredCodes, "check", lambda self, context, **_: MatchResult())
+    with pytest.raises(AssertionError):
+        _equal(CenteredCodes, _product("values", "uint8 {255}"))
+
+
+def _signed_keys(scale: str = "Constant<value_float=0.03>()", zero: str = "int8 {0}") -> str:
+    return f"""g (float[B,12,12] k) => (float[B,12,12] y) {{
+    scale = {scale}
+    zero = Constant<value={zero}>()
+    codes = QuantizeLinear(k, scale, zero)
+    values = DequantizeLinear(codes, scale, zero)
+    y = Transpose<perm=[0, 2, 1]>(values)
+}}"""
+
+
+def test_what_is_transposed_is_rounded_behind() -> None:
+    model = _model(_signed_keys())
+    rewritten, count = _applied(TurnedCodes, model)
+    operators = [node.op_type for node in rewritten.graph.node]
+    assert count == 1 and operators.index("Transpose") < operators.index("QuantizeLinear")
+    assert (_run(rewritten)[0] == _run(model, as_it_is=True)[0]).all()
+
+
+def test_signed_keys_of_codes_about_zero_run_on_onnx_runtime() -> None:
+    """Without the second rule, ONNX Runtime refuses them."""
+    model = _model(_product("turned", "uint8 {128}"))
+    once, _ = _applied(CenteredCodes, model)
+    twice, _ = _applied(TurnedCodes, once)
+    for was, now in zip(_run(model), _run(twice), strict=True):
+        np.testing.assert_allclose(now, was, rtol=1e-5, atol=1e-6)
+
+
+def test_unsigned_codes_are_turned_as_they_are() -> None:
+    assert "unsigned" in _reason(TurnedCodes, _signed_keys(zero="uint8 {128}"))
+    computed = _signed_keys().replace(
+        "scale = C", "mean = ReduceMean<keepdims=0>(k)\n    scale = Abs(mean)\n    unused = C"
+    )
+    assert "not one number" in _reason(TurnedCodes, computed)
+
+
+def test_axes_that_do_not_trade_places_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(self: TurnedCodes, op: Any, x: Any, scale: Any, zero: Any, turned: Any) -> Any:
+        kept = op.Transpose(x, perm=[0, 1, 2])
+        return op.DequantizeLinear(op.QuantizeLinear(kept, scale, zero), scale, zero)
+
+    monkeypatch.setattr(TurnedCodes, "rewrite", lost)
+    with pytest.raises(AssertionError):
+        test_what_is_transposed_is_rounded_behind()
 
 
 SIGNED = [(SignedFactor, "values"), (SignedKeys, "turned")]

@@ -7,6 +7,7 @@ import copy
 import paretoc as pc
 import pytest
 import torch
+from paretoc.compiler.attention import operand_places
 from paretoc.compiler.encodings import Affine
 from paretoc.compiler.errors import OptionError, PassError
 from paretoc.compiler.passes import Context
@@ -292,6 +293,60 @@ def test_the_products_of_an_attention_are_rounded(models, reference, scheme):
     torch.testing.assert_close(compiled(data[1]), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scheme", ["W8A8,range=minmax", "W8A8-dynamic"])
+def test_the_scores_of_an_attention_are_rounded_alone(models, reference, scheme):
+    model = models.Attention(16, 2)
+    data = [torch.randn(2, 7, 16) + 0.5 for _ in range(2)]
+    compiled = reference(model, [f"quantize:{scheme},attention=scores"], data[0], calibration=data)
+    seen: dict[str, Tensor] = {}
+
+    def see(name: str, value: Tensor) -> Tensor:
+        seen[name] = value
+        return value
+
+    def rounding(name: str, value: Tensor) -> Tensor:
+        if name in "vp":
+            return value
+        if "dynamic" in scheme:
+            return ops.fake_quantize_dynamic(value, "tensor")
+        low, high = min(0.0, float(seen[name].min())), max(0.0, float(seen[name].max()))
+        if name in "qk":
+            step = max(-low, high) / 127
+            return (value / step).round().clamp(-128, 127) * step
+        scale = (high - low) / 255
+        return ops.fake_quantize(value, torch.tensor(scale), torch.tensor(round(-low / scale)).byte())
+
+    with torch.no_grad():
+        rounded_attention(model, torch.cat(data), see)
+        want = rounded_attention(_replaced(model, Affine(8)), data[1], rounding)
+        for left_out in "qk":
+            keep = lambda name, value: value if name == left_out else rounding(name, value)  # noqa: B023, E731
+            other = rounded_attention(_replaced(model, Affine(8)), data[1], keep)
+            assert not torch.allclose(other, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled(data[1]), want, rtol=1e-4, atol=1e-5)
+    zeros = [int(compiled.program.get(n.args[2].target)) for n in compiled.program.calls(ops.fake_quantize.default)]
+    assert zeros.count(128) == (0 if "dynamic" in scheme else 2), "of queries and keys"
+
+
+@pytest.mark.parametrize("how", ["sdpa", "eager"])
+def test_an_attention_whose_scores_are_rounded_stays_fused(captured, how):
+    _, program = captured("BertForSequenceClassification", attn_implementation=how)
+    before = [site.fused for site in attention_sites(program)]
+    step = pc.Quantize("W8A8-dynamic", attention="scores")
+    assert step.apply(program, Context()).skipped == {}
+    sites = attention_sites(program)
+    assert [site.fused for site in sites] == before and before[0] is (how == "sdpa")
+    for site in sites:
+        rounded = [
+            reader.args[index].target is ops.fake_quantize_dynamic.default for reader, index in operand_places(site)
+        ]
+        assert rounded == [True, True, False]
+    _, program = captured("BertForSequenceClassification", attn_implementation=how)
+    first, again = (pc.Quantize("W8A8-dynamic", attention="scores", targets=(f"*.0.*.{n}",)) for n in ("query", "key"))
+    assert first.apply(program, Context()).skipped == {}
+    assert list(again.apply(program, Context()).skipped.values()) == ["its products are quantised already"]
+
+
 def test_rounded_attention_on_onnx_runtime(models):
     model, data = models.Attention(16, 2).eval(), [torch.randn(2, 7, 16)]
     passes = ["quantize:W8A8,attention=true"]
@@ -319,10 +374,11 @@ def test_attention_that_cannot_be_rounded_is_named(models, reference, refused):
     scheme, x = "quantize:W8A8-dynamic,attention=true", torch.randn(2, 7, 16)
     compiled = reference(models.Block(16, 2), [f"{scheme},targets=*.qkv", f"{scheme},targets=*.out"], x)
     assert compiled.report(latency=False).passes[-1]["skipped"] == {"attention": "its products are quantised already"}
-    sentence = "attention=true, and no attention belongs to the chosen sites"
+    sentence = "attention=True, and no attention belongs to the chosen sites"
     refused(PassError, sentence, lambda: reference(models.Mlp(), [scheme], X))
     for options, sentence in (
         ({"scheme": "W8A16", "attention": True}, "attention=True does not apply to W8A16"),
+        ({"scheme": "W8A8", "attention": "keys"}, "attention=keys is not known"),
         ({"scheme": "FP8", "attention": True}, "attention=True does not apply to FP8"),
         ({"attention": True, "max_drop": 0.1}, "max_drop= gives back layers"),
         ({"range": "mse"}, "range=mse does not apply to W8A8-dynamic"),

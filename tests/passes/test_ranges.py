@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paretoc.compiler.errors import OptionError
 from paretoc.compiler.statistics import Histogram
-from paretoc.passes.ranges import divergence, parse_range
+from paretoc.passes.ranges import divergence, mirrored, parse_range
 from torch import Tensor
 
 NAMES = ["minmax", "percentile", "percentile(95)", "mse", "entropy"]
@@ -46,6 +46,19 @@ def heavy(count: int = 20_000) -> Tensor:
 def test_every_range_contains_zero_and_nothing_beyond_the_values(values, name):
     low, high = found(name, torch.tensor(values))
     assert min(0.0, *values) <= low <= 0 <= high <= max(0.0, *values)
+
+
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=40))
+def test_a_mirrored_histogram_counts_both_signs(values):
+    x = torch.tensor(values)
+    counts, edges = mirrored(*histogram(x, bins=64))
+    assert edges.equal(-edges.flip(0)) and counts.equal(counts.flip(0)) and (counts >= 0).all()
+    assert float(counts.sum()) == pytest.approx(2 * int((x != 0).sum()))
+    assert float(edges[-1]) == float(x.abs().max()) and len(edges) > 1
+    for edge in edges:  # as many below an edge of a bin as there are values, but for the bins that it cuts
+        least, most = ((torch.cat([x, -x]) < edge + side * float(edges.diff().max())).sum() for side in (-1, 1))
+        below = float(counts[edges[1:] <= edge].sum())
+        assert float(least) - 2 * int((x == 0).sum()) <= below + 1e-6 and below <= float(most) + 1e-6
 
 
 def test_minmax_is_exact():
