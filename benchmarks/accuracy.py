@@ -27,6 +27,7 @@ MINILM = {
     },
     "W8A8 static, smooth and bias": ["smooth:0.8,insert=true", "quantize:W8A8,embeddings=true", "correct_bias"],
     "W8A8 static, attention too": ["quantize:W8A8,embeddings=true,attention=true"],
+    "W8A8 static, scores too": ["quantize:W8A8,embeddings=true,attention=scores"],
     **{f"keys and values {code}": [f"quantize_cache:{code}"] for code in ("int8", "e4m3", "int4")},
     "W8A16": ["quantize:W8A16"],
     "W4A16 group 32": ["quantize:W4A16,group_size=32,fitter=mse"],

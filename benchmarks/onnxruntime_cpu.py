@@ -51,6 +51,7 @@ TRANSFORMER = {
     "W8A8 static": ["quantize:W8A8"],
     "W8A8, smooth and bias": ["smooth:0.8,insert=true", "quantize:W8A8", "correct_bias"],  # as NNCF does by itself
     "W8A8 and attention": ["quantize:W8A8,attention=true"],
+    "W8A8 and scores": ["quantize:W8A8,attention=scores"],
 }
 #: where norms take most factors, the multiplications of `insert` cost more than they gain
 PRE_NORM = {"W8A8, smooth and bias": ["smooth", "quantize:W8A8", "correct_bias"]}
@@ -59,7 +60,7 @@ CONVOLUTIONAL = {"fp32": [], "W8A8 static": ["quantize:W8A8"], "W8A8 and bias": 
 #: target → what the table calls it
 _TARGETS = {"onnxruntime": "paretoc", "openvino": "paretoc/OV f32", "openvino-bf16": "paretoc/OV bf16"}
 #: recipes that targets other than ONNX Runtime's own kernels are measured with
-ELSEWHERE = ("fp32", "W8A8 static", "W8A8, smooth and bias", "W8A8 and bias")
+ELSEWHERE = ("fp32", "W8A8 static", "W8A8 and scores", "W8A8, smooth and bias", "W8A8 and bias")
 
 
 def workload_minilm() -> Workload:
