@@ -185,7 +185,7 @@ class OnnxExecutable:
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Tensors in and out share their memory with ONNX Runtime; nothing is copied on a CPU, but for the outputs of a
-        batch that is computed in parts."""
+        batch that is computed in parts, and those of OpenVINO."""
         if self.settings["shared_cache"]:
             return row_by_row(self._run, inputs)
         parts = self._parts.cut(inputs, self._threads) if self._parts and self._threads > 1 else [inputs]

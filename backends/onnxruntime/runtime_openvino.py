@@ -41,9 +41,6 @@ class OpenVino:
 
     @flushed()
     def start(self, start: Start, *, profiled: bool = False) -> OpenVinoSession:
-        model = _core().read_model(str(start.model) if isinstance(start.model, Path) else start.model)
-        if start.sizes is not None:
-            model.reshape({port: list(start.sizes[port.any_name]) for port in model.inputs})
         settings = {
             "INFERENCE_PRECISION_HINT": self.precision,
             "INFERENCE_NUM_THREADS": start.threads or torch.get_num_threads(),
@@ -52,7 +49,13 @@ class OpenVino:
             "CPU_DENORMALS_OPTIMIZATION": True,  # see denormals.py
             "PERF_COUNT": profiled,
         }
-        return OpenVinoSession(_core().compile_model(model, "CPU", settings))
+        try:
+            model = _core().read_model(str(start.model) if isinstance(start.model, Path) else start.model)
+            if start.sizes is not None:
+                model.reshape({port: list(start.sizes[port.any_name]) for port in model.inputs})
+            return OpenVinoSession(_core().compile_model(model, "CPU", settings))
+        except RuntimeError as error:
+            raise RuntimeError(_said(error)) from error
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class OpenVinoSession:
             with flushed():
                 found = self._request.infer(fed, share_inputs=True, share_outputs=True)
         except RuntimeError as error:
-            raise unfit(error) from error
+            raise unfit(_said(error)) from error
         return [found[self._outputs[name]].copy() for name in outputs]
 
     def profile(self, feeds: Mapping[str, Array], calls: int) -> list[Ran]:
@@ -124,6 +127,11 @@ def _constant(node: openvino.Node) -> str:
 
 def _noted(node: openvino.Node, key: str) -> str:
     return str(node.get_rt_info()[key].value)
+
+
+def _said(error: RuntimeError) -> str:
+    """The last line, behind those that name OpenVINO's own source files."""
+    return str(error).strip().rpartition("\n")[2]
 
 
 @cache

@@ -69,7 +69,7 @@ class OrtSession:
             with flushed():
                 return self.session.run(outputs, fed)  # type: ignore[no-any-return]
         except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
-            raise unfit(error) from error
+            raise unfit(str(error)) from error
 
 
 class OrtCpu:
@@ -101,9 +101,9 @@ def inference_session(model: bytes | Path, options: onnxruntime.SessionOptions) 
     return onnxruntime.InferenceSession(source, options, providers=[CPU.table])
 
 
-def unfit(error: Exception) -> OptionError:
+def unfit(said: str) -> OptionError:
     return OptionError(
-        f"the inputs do not fit the compiled model: {str(error).strip().splitlines()[0]}",
+        f"the inputs do not fit the compiled model: {said.strip().splitlines()[0]}",
         where="calling the compiled model",
         fix="axes that were fixed at capture must keep their size; see CompiledModel.report().notes",
     )

@@ -269,8 +269,16 @@ def test_inputs_that_do_not_fit_are_refused(net: Net) -> None:
     fixed = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
     compiled = pc.compile(fixed, [], example_inputs=torch.randn(2, 3, 4), target="openvino", verify=False)
     assert compiled(torch.randn(5, 3, 4)).shape == (5, 3)
-    with pytest.raises(pc.OptionError, match="do not fit the compiled model"):
+    with pytest.raises(pc.OptionError, match=r"do not fit the compiled model: .*input.*2\.3\.5"):
         compiled(torch.randn(2, 3, 5))
+
+
+def test_a_model_that_openvino_refuses_is_named(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = build(net, [])
+    monkeypatch.setattr(OnnxExecutable, "_content", lambda self: b"no model")
+    with pytest.raises(pc.LoweringError, match=r"OpenVINO 2.* refuses the model: \S+") as caught:
+        compiled(IDS)
+    assert "src/" not in str(caught.value).splitlines()[0] and "update OpenVINO" in str(caught.value)
 
 
 def test_the_callers_threads_keep_their_denormals(net: Net) -> None:
