@@ -52,15 +52,20 @@ TRANSFORMER = {
     "W8A8, smooth and bias": ["smooth:0.8,insert=true", "quantize:W8A8", "correct_bias"],  # as NNCF does by itself
     "W8A8 and attention": ["quantize:W8A8,attention=true"],
     "W8A8 and scores": ["quantize:W8A8,attention=scores"],
+    "W8A8 and scores, smooth and bias": ["smooth:0.8,insert=true", "quantize:W8A8,attention=scores", "correct_bias"],
 }
 #: where norms take most factors, the multiplications of `insert` cost more than they gain
-PRE_NORM = {"W8A8, smooth and bias": ["smooth", "quantize:W8A8", "correct_bias"]}
+PRE_NORM = {
+    "W8A8, smooth and bias": ["smooth", "quantize:W8A8", "correct_bias"],
+    "W8A8 and scores, smooth and bias": ["smooth", "quantize:W8A8,attention=scores", "correct_bias"],
+}
 MERGING = {"merge r=13": ["merge_tokens:13"], "W8A8-dynamic + merge r=13": ["merge_tokens:13", "quantize:W8A8-dynamic"]}
 CONVOLUTIONAL = {"fp32": [], "W8A8 static": ["quantize:W8A8"], "W8A8 and bias": ["quantize:W8A8", "correct_bias"]}
 #: target → what the table calls it
 _TARGETS = {"onnxruntime": "paretoc", "openvino": "paretoc/OV f32", "openvino-bf16": "paretoc/OV bf16"}
-#: recipes that targets other than ONNX Runtime's own kernels are measured with
-ELSEWHERE = ("fp32", "W8A8 static", "W8A8 and scores", "W8A8, smooth and bias", "W8A8 and bias")
+SCORES = ("W8A8 and scores", "W8A8 and scores, smooth and bias")
+#: recipes that OpenVINO is measured with; ONNX Runtime's own kernels with all but `SCORES`
+ELSEWHERE = ("fp32", "W8A8 static", "W8A8, smooth and bias", "W8A8 and bias", *SCORES)
 
 
 def workload_minilm() -> Workload:
@@ -229,7 +234,8 @@ def run(load: Workload, runs: int, only: str) -> None:
             )
             for target in (_TARGETS if with_openvino else ["onnxruntime"])
             for name, passes in load.recipes.items()
-            if (target == "onnxruntime" or name in ELSEWHERE) and wanted(f"{_TARGETS[target]} {name}")
+            if (name not in SCORES if target == "onnxruntime" else name in ELSEWHERE)
+            and wanted(f"{_TARGETS[target]} {name}")
         }
 
         def eager(feed: dict[str, Tensor] = feed) -> Any:

@@ -24,6 +24,7 @@ from torch.onnx.ops import symbolic_multi_out
 from ...compiler.program import Program, argument, operands, shape_of
 from ...compiler.sites import AttentionSite, attention_sites
 from .denormals import flushed
+from .parts import joined
 from .runtimes import OrtSession, Session
 
 aten = torch.ops.aten
@@ -195,8 +196,7 @@ def row_by_row(run: Callable[[Sequence[Tensor]], list[Tensor]], inputs: Sequence
     tokens, mask = inputs[0], inputs[1]
     if tokens.shape[1] in (1, mask.shape[1]) or len(tokens) == 1:
         return run(inputs)
-    rows = [run([tensor[i : i + 1] for tensor in inputs]) for i in range(len(tokens))]
-    return [torch.cat(parts) for parts in zip(*rows, strict=True)]
+    return joined([run([tensor[i : i + 1] for tensor in inputs]) for i in range(len(tokens))])
 
 
 class SharedDecoder:

@@ -36,7 +36,7 @@ from .kernels_openvino import explain_openvino
 from .lower import Lowering, required_opset
 from .nearest import nearest_fast
 from .optimise import optimise
-from .parts import Parts, parts_of, rows_of, share_of_run
+from .parts import Parts, joined, parts_of, rows_of, share_of_run
 from .rule import Target
 from .runtime_openvino import OpenVino
 from .runtimes import CPU, OrtSession, Runtime, Session, Start
@@ -192,8 +192,7 @@ class OnnxExecutable:
         if len(parts) == 1:
             return self._run(inputs)
         single = self._single
-        found = self._workers.map(lambda part: self._run(part, single), parts)
-        return [torch.cat(outputs) for outputs in zip(*found, strict=True)]
+        return joined(list(self._workers.map(lambda part: self._run(part, single), parts)))
 
     @cached_property
     def _parts(self) -> Parts | None:

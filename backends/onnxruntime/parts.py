@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,13 @@ class Parts:
             return [list(inputs)]
         starts = range(0, batch, samples)
         return [[x[i : i + samples] if n in self.inputs else x for n, x in enumerate(inputs)] for i in starts]
+
+
+def joined(found: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The outputs of a batch, from those of its parts. One thread copies: threads of PyTorch that have copied go on
+    spinning for a while, and the next call waits for the CPU: it would take 1.3 times as long for 8 × 128 tokens of
+    MiniLM on two cores."""
+    return [torch.from_numpy(np.concatenate([o.numpy() for o in outputs])) for outputs in zip(*found, strict=True)]
 
 
 def parts_of(program: Program, sites: Sequence[Site]) -> Parts | None:
