@@ -250,10 +250,10 @@ def run(load: Workload, runs: int, only: str) -> None:
         errors = {n: error(call(), reference) for n, call in calls.items()}
         times = measure(calls, runs=runs, budget_s=float("inf"))
         base = times["PyTorch eager fp32"]
-        print(f"\n{load.title}, batch {batch}\n{'':42s}{'ms':>9s} {'(min)':>9s}  × eager  (minima)  error")
+        print(f"\n{load.title}, batch {batch}\n{'':50s}{'ms':>9s} {'(min)':>9s}  × eager  (minima)  error")
         for name, time in times.items():
             print(
-                f"  {name:40s}{time.median:9.2f} ({time.minimum:7.2f})  {base.median / time.median:6.2f}"
+                f"  {name:48s}{time.median:9.2f} ({time.minimum:7.2f})  {base.median / time.median:6.2f}"
                 f"    ({base.minimum / time.minimum:5.2f})   {errors[name]:.1e}",
                 flush=True,
             )
