@@ -1,7 +1,7 @@
 """OpenVINO (`pip install paretoc[openvino]`), which runs ONNX models of standard operators on x86 and Arm CPUs.
 
-It fuses what stands around a product into its kernel: on the models measured it is faster than ONNX Runtime's own
-kernels, most of all on convolutions (`benchmarks/onnxruntime_cpu.py`).
+It fuses what stands around a product into its kernel: with static ranges, in the faster of f32 and bf16, it takes .68
+to .95 of the time of ONNX Runtime's own kernels on the models of `benchmarks/onnxruntime_cpu.py`.
 """
 
 from __future__ import annotations
