@@ -263,11 +263,13 @@ def rounded_attention(layer: nn.Module, x: Tensor, rounding) -> Tensor:
     return layer.out(rounding("o", (p @ v).transpose(1, 2).reshape(B, T, C)))
 
 
+@pytest.mark.parametrize(("attention", "rounded"), [("true", "qkvp"), ("scores", "qk")])
 @pytest.mark.parametrize("scheme", ["W8A8,range=minmax", "W8A8-dynamic", "W8A8-dynamic,granularity=token"])
-def test_the_products_of_an_attention_are_rounded(models, reference, scheme):
+def test_what_an_attention_multiplies_is_rounded(models, reference, scheme, attention, rounded):
+    """Of scores alone in a static range that is symmetric about zero."""
     model = models.Attention(16, 2)
     data = [torch.randn(2, 7, 16) for _ in range(2)]
-    compiled = reference(model, [f"quantize:{scheme},attention=true"], data[0], calibration=data)
+    compiled = reference(model, [f"quantize:{scheme},attention={attention}"], data[0], calibration=data)
     seen: dict[str, Tensor] = {}
 
     def see(name: str, value: Tensor) -> Tensor:
@@ -275,42 +277,14 @@ def test_the_products_of_an_attention_are_rounded(models, reference, scheme):
         return value
 
     def rounding(name: str, value: Tensor) -> Tensor:
+        if name in "qkvp" and name not in rounded:
+            return value
         if name == "p" and "token" in scheme:
             return ops.fake_quantize(value, *UNIT)
         if "dynamic" in scheme:
             return ops.fake_quantize_dynamic(value, "token" if "token" in scheme else "tensor")
         low, high = min(0.0, float(seen[name].min())), max(0.0, float(seen[name].max()))
-        scale = (high - low) / 255
-        return ops.fake_quantize(value, torch.tensor(scale), torch.tensor(round(-low / scale)).byte())
-
-    with torch.no_grad():
-        rounded_attention(model, torch.cat(data), see)
-        want = rounded_attention(_replaced(model, Affine(8)), data[1], rounding)
-        for left_out in "qkvp":
-            keep = lambda name, value: value if name == left_out else rounding(name, value)  # noqa: B023, E731
-            other = rounded_attention(_replaced(model, Affine(8)), data[1], keep)
-            assert not torch.allclose(other, want, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(compiled(data[1]), want, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("scheme", ["W8A8,range=minmax", "W8A8-dynamic"])
-def test_the_scores_of_an_attention_are_rounded_alone(models, reference, scheme):
-    model = models.Attention(16, 2)
-    data = [torch.randn(2, 7, 16) + 0.5 for _ in range(2)]
-    compiled = reference(model, [f"quantize:{scheme},attention=scores"], data[0], calibration=data)
-    seen: dict[str, Tensor] = {}
-
-    def see(name: str, value: Tensor) -> Tensor:
-        seen[name] = value
-        return value
-
-    def rounding(name: str, value: Tensor) -> Tensor:
-        if name in "vp":
-            return value
-        if "dynamic" in scheme:
-            return ops.fake_quantize_dynamic(value, "tensor")
-        low, high = min(0.0, float(seen[name].min())), max(0.0, float(seen[name].max()))
-        if name in "qk":
+        if attention == "scores" and name in rounded:
             step = max(-low, high) / 127
             return (value / step).round().clamp(-128, 127) * step
         scale = (high - low) / 255
@@ -319,13 +293,14 @@ def test_the_scores_of_an_attention_are_rounded_alone(models, reference, scheme)
     with torch.no_grad():
         rounded_attention(model, torch.cat(data), see)
         want = rounded_attention(_replaced(model, Affine(8)), data[1], rounding)
-        for left_out in "qk":
+        for left_out in rounded:
             keep = lambda name, value: value if name == left_out else rounding(name, value)  # noqa: B023, E731
             other = rounded_attention(_replaced(model, Affine(8)), data[1], keep)
             assert not torch.allclose(other, want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(compiled(data[1]), want, rtol=1e-4, atol=1e-5)
-    zeros = [int(compiled.program.get(n.args[2].target)) for n in compiled.program.calls(ops.fake_quantize.default)]
-    assert zeros.count(128) == (0 if "dynamic" in scheme else 2), "of queries and keys"
+    if scheme.startswith("W8A8,") and attention == "scores":
+        zeros = [int(compiled.program.get(n.args[2].target)) for n in compiled.program.calls(ops.fake_quantize.default)]
+        assert zeros.count(128) == 2, "of queries and keys"
 
 
 @pytest.mark.parametrize("how", ["sdpa", "eager"])
