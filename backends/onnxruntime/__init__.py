@@ -54,15 +54,25 @@ class OnnxRuntime(Onnx):
 
 
 class OpenVino(Onnx):
-    """target="openvino": standard operators, run by OpenVINO; "openvino-bf16": its floating
-    operators in bf16 where the CPU can, which rounds what no pass of the program does."""
+    """target="openvino": standard operators, run by OpenVINO; "openvino-bf16": its floating operators in bf16 where the
+    CPU can, which rounds what no pass of the program does."""
 
     def __init__(self, precision: str = "f32") -> None:
         self.precision = precision
         self.name = "openvino" if precision == "f32" else f"openvino-{precision}"
-        #: fidelity is measured on the program, which knows nothing of it
-        self.notes = (
-            () if precision == "f32" else (f"floating operators compute in {precision}; fidelity is without it",)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Fidelity is measured on the program, which knows nothing of these."""
+        from .speeds import cpu_flags
+
+        exact, flags = self.precision == "f32", cpu_flags()
+        rounded = () if exact else (f"floating operators compute in {self.precision}; fidelity is without it",)
+        if "fpu" not in flags or flags & {"avx512_vnni", "avx_vnni"}:
+            return rounded
+        return (
+            *rounded,
+            "sums of 8-bit products overflow on a CPU without VNNI; weights=Affine(7) keeps them in range",
         )
 
     def runtime(self) -> Runtime:

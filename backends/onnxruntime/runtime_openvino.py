@@ -18,6 +18,7 @@ import torch
 from ...compiler.errors import LoweringError
 from .denormals import flushed
 from .runtimes import Array, Start, unfit
+from .speeds import cpu_flags
 
 if TYPE_CHECKING:
     import openvino
@@ -42,7 +43,7 @@ class OpenVino:
     @flushed()
     def start(self, start: Start, *, profiled: bool = False) -> OpenVinoSession:
         settings = {
-            "INFERENCE_PRECISION_HINT": self.precision,
+            "INFERENCE_PRECISION_HINT": self.precision if _knows_bf16() else "f32",
             "INFERENCE_NUM_THREADS": start.threads or torch.get_num_threads(),
             "NUM_STREAMS": 1,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # activations are rounded where the program rounds them
@@ -127,6 +128,12 @@ def _constant(node: openvino.Node) -> str:
 
 def _noted(node: openvino.Node, key: str) -> str:
     return str(node.get_rt_info()[key].value)
+
+
+def _knows_bf16() -> bool:
+    """Whether the CPU has instructions for it, or does not say."""
+    flags = cpu_flags()
+    return "fpu" not in flags or bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def _said(error: RuntimeError) -> str:

@@ -15,13 +15,13 @@ import paretoc as pc
 import pytest
 import torch
 from paretoc.backends import OpenVino
-from paretoc.backends.onnxruntime import kernels, kernels_openvino, probe, runtime_openvino
+from paretoc.backends.onnxruntime import kernels, kernels_openvino, probe, runtime_openvino, speeds
 from paretoc.backends.onnxruntime.executable import PROFILED_CALLS, OnnxExecutable
 from paretoc.backends.onnxruntime.runtime_openvino import OpenVinoSession, Ran
 from paretoc.backends.onnxruntime.speeds import shipped
 from torch import nn
 
-pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install paretoc[openvino]")
+openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install paretoc[openvino]")
 TARGETS = ("openvino", "openvino-bf16")
 
 
@@ -146,6 +146,23 @@ def test_floating_operators_round_to_bf16_only_where_it_was_asked_for(net: Net) 
     assert relative(rounded(IDS)[1], want) < 1e-2, "bf16 has 8 bits, of which sums average the errors out"
     assert executable(rounded).runtime == runtime_openvino.OpenVino("bf16")
     assert "compute in bf16" in str(rounded.report()) and "compute in bf16" not in str(exact.report())
+
+
+@pytest.mark.parametrize(("flags", "warned"), [("fpu avx2", True), ("fpu avx512_vnni", False), ("avx2", False)])
+def test_a_report_says_where_products_overflow(net: Net, flags: str, warned: bool, monkeypatch) -> None:
+    monkeypatch.setattr(speeds, "cpu_flags", lambda: frozenset(flags.split()))
+    assert ("overflow" in str(build(net, []).report(latency=False))) is warned
+
+
+@pytest.mark.parametrize(("flags", "used"), [("fpu avx2", "f32"), ("fpu avx512_bf16", "bf16"), ("avx2", "bf16")])
+def test_a_cpu_without_bf16_is_not_asked_for_it(net: Net, flags: str, used: str, monkeypatch) -> None:
+    monkeypatch.setattr(runtime_openvino, "cpu_flags", lambda: frozenset(flags.split()))
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(openvino.Core, "compile_model", lambda self, model, device, settings: asked.update(settings))
+    monkeypatch.setattr(runtime_openvino, "OpenVinoSession", lambda compiled: compiled)
+    ran = executable(build(net, [], "openvino-bf16"))
+    ran.runtime.start(ran._start())
+    assert asked["INFERENCE_PRECISION_HINT"] == used
 
 
 def test_every_site_is_found_and_static_ones_run_on_integers(net: Net) -> None:
