@@ -80,17 +80,16 @@ class Activations:
 
     def round_scores(self, program: Program, site: AttentionSite, ctx: Context) -> str:
         """Round queries and keys; returns why that is not possible, or nothing."""
-        places = operand_places(site)[:2]
-        if any(operands(reader)[index].target in ROUNDING for reader, index in places):
+        if _is_rounded(site):
             return "its products are quantised already"
-        for reader, index in places:
+        for reader, index in operand_places(site)[:2]:
             reader.update_arg(index, self._quantizer(program, operands(reader)[index], reader, ctx, symmetric=True))
         return ""
 
     def round_attention(self, program: Program, site: AttentionSite, ctx: Context) -> str:
         """Round queries, keys, values and probabilities; returns why that is not possible, or nothing. A fused
         attention is taken apart: call `program.refresh()` behind the last one."""
-        if any(operands(reader)[index].target in ROUNDING for reader, index in operand_places(site)):
+        if _is_rounded(site):
             return "its products are quantised already"
         for reader, index in operand_places(site):
             reader.update_arg(index, self._quantizer(program, operands(reader)[index], reader, ctx))
@@ -131,6 +130,12 @@ class Activations:
         """Of 127 steps on either side of zero, and one more below that makes 256 codes of them."""
         reach = parse_range(self.range)(*mirrored(*ctx.statistic(histogram))).abs().max()
         return reach / 127 * torch.tensor([-128.0, 127.0])
+
+
+def _is_rounded(site: AttentionSite) -> bool:
+    """Whether a product of it is: queries and probabilities tell, keys and values may be rounded for the cache."""
+    reader, index = operand_places(site)[0]
+    return any(operands(node)[place].target in ROUNDING for node, place in ((reader, index), (site.node, 0)))
 
 
 def _shares(site: AttentionSite) -> Histogram:

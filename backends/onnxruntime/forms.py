@@ -170,7 +170,6 @@ class ShiftedMatMul:
         sums = linear.stored.codes.sum(1) * linear.stored.scale.ravel().astype(np.float64)
         own = 0.0 if linear.bias is None or linear.bias.const_value is None else linear.bias.const_value.numpy()
         bias = own - (number_of(scale) or 0.0) * (number_of(zero) or 0.0) * sums
-        # a sum with zeros is dropped by OpenVINO, and with it the name of its product
         shifted = lowering.constant(f"{linear.site}.bias.shifted", bias.astype(np.float32)) if bias.any() else None
         return FORMS["StoredMatMul"].emit(lowering, replace(linear, x=values, bias=shifted))
 

@@ -6,6 +6,7 @@ import paretoc as pc
 import pytest
 import torch
 from ml_dtypes import float8_e4m3fn
+from paretoc.compiler.attention import operand_places
 from paretoc.compiler.errors import OptionError, PassError
 from paretoc.compiler.sites import attention_sites
 from torch import Tensor, nn
@@ -68,6 +69,16 @@ def test_on_onnx_runtime_and_with_rounded_products():
     passes = ["quantize_cache:int4", "quantize:W8A8-dynamic,attention=true"]
     eager, compiled = (pc.compile(model, passes, example_inputs=X, target=t) for t in ("eager", "onnx"))
     torch.testing.assert_close(compiled(X), eager(X), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["true", "scores"])
+def test_products_of_a_rounded_cache_can_be_rounded_too(attention):
+    passes = ["quantize_cache:int4", f"quantize:W8A8-dynamic,attention={attention}"]
+    compiled = pc.compile(Plain().eval(), passes, example_inputs=X, target="eager")
+    assert compiled.report(latency=False).passes[-1]["skipped"] == {}
+    (site,) = attention_sites(compiled.program)
+    (reader, index), *_ = operand_places(site)
+    assert reader.args[index].target is torch.ops.paretoc.fake_quantize_dynamic.default
 
 
 def test_the_attention_of_a_transformer_library_too(captured):
